@@ -1,0 +1,44 @@
+# Everything runs in .venv, made here from nothing but Python >= 3.11, with the versions that CI was run with.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -q
+
+.PHONY: demo test check format test-gpu test-full clean
+
+demo: $(VENV)/demo
+	$(BIN)/fpwap demo
+
+test: $(VENV)/dev
+	$(PYTEST)
+
+check: $(VENV)/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy fpwap archs
+	$(BIN)/mypy tests tools
+
+format: $(VENV)/dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test-gpu: $(VENV)/dev
+	$(PYTEST) -m gpu --device cuda tests/gpu
+
+test-full: $(VENV)/dev
+	$(PYTEST) -m 'not gpu and not faults'
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fpwap needs Python >= 3.11: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo: $(VENV)/bin/python pyproject.toml .ci/constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[plot]'
+	touch $@
+
+$(VENV)/dev: $(VENV)/bin/python pyproject.toml .ci/constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[plot,text,dev]'
+	touch $@ $(VENV)/demo
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,189 @@
+"""Llama 1, 2 and 3 (Touvron et al., 2023; Grattafiori et al., 2024): pre-norm, grouped-query attention, gated MLP.
+
+    residual_pre --+-- attn_norm -- q, k, v -- rope -- attention -- o --(+)-- residual_mid
+                   '---------------------------------------------------'
+    residual_mid --+-- mlp_norm -- act(gate) * up -- down --(+)-- residual_post
+                   '-----------------------------------------'
+
+Also what is a Llama under another name: Yi, SmolLM, TinyLlama, Vicuna. Does not know windows, caches or generation.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from .batch import Batch
+from .contract import RESIDUAL_HOOKS, SEQUENTIAL_HOOKS, ArchError, Family, Keys, Tap, source
+from .ops import ACTIVATIONS, attention, heads, rms_norm
+from .rope import Rope, rotary, rotate
+
+# --- config ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Sizes of the model in the words of the maths below."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    vocab: int
+    act: str
+    eps: float
+    rope: Rope
+    attention_bias: bool
+    mlp_bias: bool
+    tied: bool
+    max_positions: int | None = None
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
+        keys = Keys(hf)
+        hidden, n_heads = keys.int("hidden_size"), keys.int("num_attention_heads")
+        head_dim, kv_heads = keys.int("head_dim", hidden // n_heads), keys.int("num_key_value_heads", n_heads)
+        if n_heads % kv_heads:
+            raise ArchError(f"num_attention_heads {n_heads} is not a multiple of num_key_value_heads {kv_heads}")
+        if head_dim % 2:
+            raise ArchError(f"head_dim {head_dim} is odd: rotary embedding needs pairs")
+        config = cls(
+            layers=keys.int("num_hidden_layers"),
+            hidden=hidden,
+            heads=n_heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            mlp_width=keys.int("intermediate_size"),
+            vocab=keys.int("vocab_size"),
+            act=keys.choice("hidden_act", "silu", ACTIVATIONS),
+            eps=keys.float("rms_norm_eps", 1e-6),
+            rope=Rope.from_hf(keys, head_dim, keys.int("max_position_embeddings", 2048)),
+            attention_bias=keys.bool("attention_bias", False),
+            mlp_bias=keys.bool("mlp_bias", False),
+            tied=keys.bool("tie_word_embeddings", False),
+        )
+        keys.finish({"attention_dropout"})
+        return config
+
+    @property
+    def q_width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        return self.kv_heads * self.head_dim
+
+
+# --- weights --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Embedding:
+    tokens: Tensor = source("embed_tokens.weight", "vocab", "hidden")
+
+
+@dataclass(frozen=True)
+class Layer:
+    attn_norm: Tensor = source("input_layernorm.weight", "hidden")
+    q: Tensor = source("self_attn.q_proj.weight", "q_width", "hidden")
+    k: Tensor = source("self_attn.k_proj.weight", "kv_width", "hidden")
+    v: Tensor = source("self_attn.v_proj.weight", "kv_width", "hidden")
+    o: Tensor = source("self_attn.o_proj.weight", "hidden", "q_width")
+    q_bias: Tensor | None = source("self_attn.q_proj.bias", "q_width", when="attention_bias")
+    k_bias: Tensor | None = source("self_attn.k_proj.bias", "kv_width", when="attention_bias")
+    v_bias: Tensor | None = source("self_attn.v_proj.bias", "kv_width", when="attention_bias")
+    o_bias: Tensor | None = source("self_attn.o_proj.bias", "hidden", when="attention_bias")
+    mlp_norm: Tensor = source("post_attention_layernorm.weight", "hidden")
+    gate: Tensor = source("mlp.gate_proj.weight", "mlp_width", "hidden")
+    up: Tensor = source("mlp.up_proj.weight", "mlp_width", "hidden")
+    down: Tensor = source("mlp.down_proj.weight", "hidden", "mlp_width")
+    gate_bias: Tensor | None = source("mlp.gate_proj.bias", "mlp_width", when="mlp_bias")
+    up_bias: Tensor | None = source("mlp.up_proj.bias", "mlp_width", when="mlp_bias")
+    down_bias: Tensor | None = source("mlp.down_proj.bias", "hidden", when="mlp_bias")
+
+
+@dataclass(frozen=True)
+class Norm:
+    weight: Tensor = source("norm.weight", "hidden")
+
+
+@dataclass(frozen=True)
+class Head:
+    unembed: Tensor = source("lm_head.weight", "vocab", "hidden")
+
+
+# --- maths ----------------------------------------------------------------------------------------------------------
+
+
+def embed(w: Embedding, c: Config, batch: Batch) -> Tensor:
+    """Token ids -> ``[rows, hidden]``."""
+    return F.embedding(batch.ids, w.tokens)
+
+
+def block(x: Tensor, w: Layer, c: Config, layer: int, batch: Batch, tap: Tap) -> Tensor:
+    """``residual_post = (residual_pre + attn_out) + mlp_out``, all ``[rows, hidden]``."""
+    linear = batch.linear
+    x = tap("residual_pre", x)
+
+    a = rms_norm(x, w.attn_norm, c.eps)
+    q = tap("q", heads(linear(a, w.q, w.q_bias), c.head_dim))
+    k = tap("k", heads(linear(a, w.k, w.k_bias), c.head_dim))
+    v = tap("v", heads(linear(a, w.v, w.v_bias), c.head_dim))
+    cos, sin = rotary(c.rope, batch, x.dtype)
+    q, k = tap("q_rot", rotate(q, cos, sin)), tap("k_rot", rotate(k, cos, sin))
+    z = tap("z", attention(q, k, v, batch, tap, scale=c.head_dim**-0.5))
+    x = tap("residual_mid", x + tap("attn_out", linear(z.flatten(1), w.o, w.o_bias)))
+
+    m = rms_norm(x, w.mlp_norm, c.eps)
+    m = batch.pointwise(ACTIVATIONS[c.act], linear(m, w.gate, w.gate_bias)) * linear(m, w.up, w.up_bias)
+    return tap("residual_post", x + tap("mlp_out", linear(tap("mlp_hidden", m), w.down, w.down_bias)))
+
+
+def final_norm(x: Tensor, w: Norm, c: Config, batch: Batch) -> Tensor:
+    """``[rows, hidden] -> [rows, hidden]``."""
+    return rms_norm(x, w.weight, c.eps)
+
+
+def unembed(x: Tensor, w: Head, c: Config, batch: Batch) -> Tensor:
+    """``[rows, hidden] -> [rows, vocab]``."""
+    return batch.linear(x, w.unembed)
+
+
+def widths(c: Config) -> dict[str, tuple[int, ...]]:
+    """Shape behind the rows at every hook of a layer."""
+    queries, keys = (c.heads, c.head_dim), (c.kv_heads, c.head_dim)
+    return {
+        **dict.fromkeys(RESIDUAL_HOOKS, (c.hidden,)),
+        **dict.fromkeys(("q", "q_rot", "z"), queries),
+        **dict.fromkeys(("k", "k_rot", "v"), keys),
+        "mlp_hidden": (c.mlp_width,),
+        "attn_pattern": (c.heads,),
+    }
+
+
+# --- table ----------------------------------------------------------------------------------------------------------
+
+FAMILY = Family(
+    name="Llama",
+    model_types=("llama",),
+    config=Config.from_hf,
+    embed_weights=Embedding,
+    layer_weights=lambda c, layer: Layer,
+    norm_weights=Norm,
+    head_weights=Head,
+    embed=embed,
+    block=block,
+    final_norm=final_norm,
+    unembed=unembed,
+    hooks=lambda c, layer: SEQUENTIAL_HOOKS,
+    widths=widths,
+    prefixes=("model.", ""),
+    layer_prefix="layers.{i}.",
+    embedding="embed_tokens.weight",
+    head="lm_head.weight",
+    ignored=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"rotary_emb\.inv_freq"),
+)

@@ -1,0 +1,136 @@
+"""The operations that families share: norms, activations, attention.
+
+Each is the chain of operations of the Hugging Face forward, in its order of rounding, so that its bits are the same;
+where another chain is used it was shown to give equal bits. Attention follows Vaswani et al. (2017), grouped queries
+Ainslie et al. (2023), RMSNorm Zhang and Sennrich (2019). Nothing here knows a family.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .batch import Batch, Group
+from .contract import Tap
+
+# --- norms ----------------------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of the Llama kind: normalise in fp32, round to the dtype of ``x [rows, width]``, then scale."""
+    return F.rms_norm(x.float(), (x.shape[-1],), eps=eps).to(x.dtype).mul_(weight)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`torch.nn.LayerNorm` over the last dimension of ``x [rows, width]``."""
+    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
+# --- activations ----------------------------------------------------------------------------------------------------
+
+
+def gelu_new(x: Tensor) -> Tensor:
+    """GPT-2's GELU: the written formula of Hendrycks and Gimpel (2016); `F.gelu(tanh)` has other bits."""
+    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": gelu_new,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+}
+"""``hidden_act`` of a config -> what transformers' ``ACT2FN`` computes under that name."""
+
+# --- attention ------------------------------------------------------------------------------------------------------
+
+Probabilities = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+"""``(q [b, h, s, d], k [b, h, s, d], additive mask [b or 1, 1, s, s], scale) -> [b, h, s, s]`` in the dtype of q."""
+
+
+def heads(x: Tensor, width: int) -> Tensor:
+    """``[rows, heads * width] -> [rows, heads, width]``, a view."""
+    return x.unflatten(-1, (-1, width))
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, batch: Batch, tap: Tap, scale: float, probabilities: Probabilities | None = None
+) -> Tensor:
+    """Causal attention, one length group at a time: ``[rows, heads, d], [rows, kv_heads, d] x 2 -> [rows, heads, d]``.
+
+    ``scale`` multiplies ``q k^T``. ``probabilities`` replaces `softmax_probabilities` where a family's eager attention
+    is written differently. Shows ``attn_pattern`` where it is wanted: the probabilities themselves under eager, under
+    sdpa a by-product in fp32 from which nothing else is computed.
+    """
+    z = q.new_empty(*q.shape[:-1], v.shape[-1])
+    z[batch.tokens :] = 0
+    for group in batch.groups:
+        queries, keys, values = (group.sequences(x).transpose(1, 2) for x in (q, k, v))
+        if batch.attention == "eager":
+            keys, values = _repeat(keys, queries), _repeat(values, queries)
+            p = (probabilities or softmax_probabilities)(queries, keys, _additive(batch, group, q.dtype), scale)
+            out = torch.matmul(p, values)
+        else:
+            out = _sdpa(queries, keys, values, None if group.mask is None else _visible(batch, group), scale)
+            if tap.wants("attn_pattern"):
+                exact = _repeat(keys, queries).float()
+                p = softmax_probabilities(queries.float(), exact, _additive(batch, group, torch.float32), scale)
+        if tap.wants("attn_pattern"):
+            tap("attn_pattern", p, group)
+        group.sequences(z).copy_(out.transpose(1, 2))
+    return z
+
+
+def softmax_probabilities(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """HF's eager attention: scores in the model's dtype, softmax in fp32."""
+    scores = torch.matmul(q, k.transpose(2, 3)) * scale + mask
+    return F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """HF's sdpa attention, its choice between ``enable_gqa``, packed and repeated kv heads included."""
+    grouped = k.shape[1] != q.shape[1]
+    gqa = grouped and mask is None and k.shape[-1] == v.shape[-1] <= 256
+    if grouped and not gqa:
+        k, v = _repeat(k, q), _repeat(v, q)
+    causal = mask is None and q.shape[2] > 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, is_causal=causal, enable_gqa=gqa)
+
+
+def _repeat(x: Tensor, like: Tensor) -> Tensor:
+    """``[b, kv_heads, s, d] -> [b, heads, s, d]``: each kv head once for every query head of its group."""
+    times = like.shape[1] // x.shape[1]
+    return x if times == 1 else x.repeat_interleave(times, dim=1)
+
+
+def _visible(batch: Batch, group: Group) -> Tensor:
+    """Bool ``[b or 1, 1, s, s]``: which key each query may see, by causality and padding."""
+    length, device = group.length, batch.ids.device
+    causal = batch.once(
+        ("causal", length), lambda: torch.ones(length, length, dtype=torch.bool, device=device).tril(), shared=True
+    )
+    if group.mask is None:
+        return causal[None, None]
+    key = group.mask[:, None, None, :]
+    return batch.once(("visible", group.start), lambda: causal & key)
+
+
+def _additive(batch: Batch, group: Group, dtype: torch.dtype) -> Tensor:
+    """The same as 0 and ``finfo(dtype).min``, HF's eager mask."""
+
+    def build() -> Tensor:
+        visible = _visible(batch, group)
+        return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+
+    if group.mask is None:
+        return batch.once(("additive", group.length, dtype), build, shared=True)
+    return batch.once(("additive", group.start, dtype), build)
+

@@ -1,0 +1,88 @@
+"""What makes two runs the same run: all that their bytes depend on, as JSON.
+
+Budgets, tiers, group sizes and progress are not in it: they change no bit. Times are never evidence.
+"""
+
+import hashlib
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import __version__
+from .callbacks.base import Callback
+from .plan import Plan
+from .prepare import Prepared, Request
+
+NUMERICS_VERSION = 1
+"""Raised by every change that may change bits."""
+
+
+def identity(request: Request, ready: Prepared, callbacks: Sequence[Callback]) -> dict[str, Any]:
+    """JSON; two runs with equal identities write equal bytes under ``activations/`` and ``artifacts/``."""
+    model, plan = ready.model, ready.plan
+    return {
+        "numerics_version": NUMERICS_VERSION,
+        "model": {
+            "name": model.files.name,
+            "commit": model.files.commit,
+            "family": model.family.name,
+            "config": dict(model.raw),
+            "shards": {shard: _shard(model.files.folder / shard) for shard in model.checkpoint.shards},
+        },
+        "dataset": {
+            "prompts": ready.prompts.n,
+            "tokens": ready.prompts.total_tokens,
+            "digest": ready.prompts.digest(),
+            "seq_len": request.seq_len,
+            "truncation": request.truncation,
+        },
+        "numerics": {
+            "dtype": _name(plan.dtype),
+            "batching": plan.batching,
+            "microbatch": plan.microbatch,
+            "height": plan.height,
+            "attention": plan.attention,
+        },
+        "callbacks": [
+            {
+                "class": f"{type(callback).__module__}.{type(callback).__qualname__}",
+                "phase": callback.phase,
+                "positions": callback.positions if isinstance(callback.positions, str) else list(callback.positions),
+                "sites": [list(site) for site in own],
+                "config": callback.config(),
+            }
+            for callback, own in zip(callbacks, ready.targets.bound, strict=True)
+        ],
+        "environment": {
+            "torch": torch.__version__,
+            "device": plan.device.type,
+            "processor": platform.machine(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": plan.threads,
+        },
+    }
+
+
+def manifest(identity: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    """What a result says of its run, less its files, which the store adds."""
+    return {
+        **identity,
+        "layers": plan.layers,
+        "versions": {"fpwap": __version__, "torch": torch.__version__, "numpy": np.__version__},
+        "plan": plan.summary(),
+    }
+
+
+def _shard(path: Any) -> dict[str, Any]:
+    """Size and the digest of the header: names, shapes and offsets of all tensors."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length)
+    return {"bytes": path.stat().st_size, "header": hashlib.sha256(header).hexdigest()}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,48 @@
+"""What this machine has: memory that may still be taken, free disk, its device. Nothing is allocated to find out."""
+
+import shutil
+from pathlib import Path
+
+import psutil
+import torch
+
+CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),  # v2
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),  # v1
+)
+
+
+def available_memory() -> int:
+    """Bytes of RAM that may be taken: the smaller of what the machine and its control group have left."""
+    free = [int(psutil.virtual_memory().available)]
+    for limit, used in CGROUPS:
+        try:
+            most, now = Path(limit).read_text().strip(), Path(used).read_text().strip()
+        except OSError:
+            continue
+        if most.isdigit() and now.isdigit():
+            free.append(max(0, int(most) - int(now)))
+    return min(free)
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes free where ``folder`` is or will be."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """ "auto": the accelerator if there is one, else the CPU. Raises RuntimeError for a device torch does not know."""
+    if device != "auto":
+        return torch.device(device)
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found or torch.device("cpu")
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes free on the device; RAM for the CPU."""
+    if device.type == "cpu":
+        return available_memory()
+    free, _ = torch.get_device_module(device).mem_get_info(device)
+    return int(free)

@@ -1,0 +1,211 @@
+"""Request and machine -> one frozen `Plan`: what will be computed, in which order, where it lies, what it costs.
+
+Budgets choose tiers, group sizes and waves, never the partition into microbatches: the same request gives the same bytes
+whatever memory is free. The plan is made from headers and lengths alone; it reads no tensor and allocates nothing. It is
+the only value that all parts share.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from archs.batch import fixed_height
+
+from . import machine
+from .callbacks.base import Site
+from .residual import Tier
+from .schedule import Schedule, Stage
+from .sites import where
+
+HEIGHT = {"cpu": 1024}
+"""Rows of a GEMM tile in packed mode, by device type; what is not named here has `ACCELERATOR_HEIGHT`."""
+ACCELERATOR_HEIGHT = 2048
+FLOPS = {"cpu": {torch.bfloat16: 3e11, torch.float16: 3e10, torch.float32: 1.5e11}}
+ACCELERATOR_FLOPS = 5e13
+DISK_BYTES_PER_S = 1e9
+"""Conservative rates of a machine that was not calibrated."""
+POOLED = 2**30
+"""Bytes of per-prompt outputs that are assembled in memory, at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What the parts say they need: bytes, except ``flops`` (multiply-adds count two).
+
+    weights: on disk, per stage. resident: copies of weights in memory (a map of the file costs none).
+    """
+
+    weights: Mapping[Stage, int]
+    resident: int
+    residual: int
+    microbatch: int
+    outputs: int
+    states: int
+    flops: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A sweep, decided. ``blockers`` is empty if it can run; each names the number to change."""
+
+    model: str
+    family: str
+    commit: str | None
+    layers: int
+    last: str
+    dtype: torch.dtype
+    device: torch.device
+    attention: str
+    batching: str
+    threads: int
+    prompts: int
+    tokens: int
+    rows: int
+    longest: int
+    microbatches: int
+    microbatch: str
+    height: int | None
+    schedule: Schedule
+    tier: Tier
+    costs: Costs
+    memory_bytes: int
+    memory_free: int
+    disk_bytes: int
+    disk_free: int
+    warnings: tuple[str, ...] = ()
+    blockers: tuple[str, ...] = ()
+
+    @property
+    def feasible(self) -> bool:
+        return not self.blockers
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of weights read by the whole sweep."""
+        return sum(self.costs.weights[stage] for stage in self.schedule.loads())
+
+    @property
+    def compute_s(self) -> float:
+        rates = FLOPS.get(self.device.type, {})
+        return self.costs.flops / rates.get(self.dtype, ACCELERATOR_FLOPS)
+
+    @property
+    def disk_s(self) -> float:
+        return self.weights_bytes / DISK_BYTES_PER_S
+
+    @property
+    def predicted_s(self) -> float:
+        """Wall-clock by the slower of compute and disk, which overlap. Not calibrated on this machine."""
+        return max(self.compute_s, self.disk_s)
+
+    def summary(self) -> str:
+        """The page a person reads before a run."""
+        bound = "compute" if self.compute_s >= self.disk_s else "disk"
+        padding = f", {self.rows - self.tokens:,} pad rows" if self.rows > self.tokens else ""
+        height = f", every GEMM {self.height} rows high" if self.height else ""
+        groups = self.schedule.groups
+        visits = f"{len(groups)} visits of each microbatch" if len(groups) > 1 else "one visit of each microbatch"
+        lines = [
+            f"model      {self.model}" + (f" @ {self.commit[:12]}" if self.commit else ""),
+            f"           {self.family}, {self.layers} layers, {_name(self.dtype)}, {self.attention}, on {self.device}"
+            f" ({self.threads} threads)",
+            f"dataset    {self.prompts:,} prompts, {self.tokens:,} tokens{padding}, longest {self.longest:,}",
+            f"batching   {self.batching}: {self.microbatches:,} microbatches of {self.microbatch}{height}",
+            f"sweep      up to {self.last}, {visits}, {len(self.schedule.waves)} wave(s)",
+            f"weights    {size(self.weights_bytes)} read once",
+            f"residual   {size(self.costs.residual)} in {self.tier}",
+            f"outputs    {size(self.costs.outputs)}, callbacks' state {size(self.costs.states)}",
+            f"memory     {size(self.memory_bytes)} of {size(self.memory_free)} free",
+            f"disk       {size(self.disk_bytes)} of {size(self.disk_free)} free",
+            f"time       about {duration(self.predicted_s)}, bound by {bound} (conservative rates, not calibrated)",
+        ]
+        lines += [f"warning    {warning}" for warning in self.warnings]
+        lines += [f"BLOCKER    {blocker}" for blocker in self.blockers]
+        lines.append("feasible   yes" if self.feasible else "feasible   no")
+        return "\n".join(lines)
+
+
+def make_plan(
+    *,
+    residual: str,
+    last: Site,
+    microbatch: int,
+    costs: Costs,
+    device: torch.device,
+    disk_free: int,
+    **known: Any,
+) -> Plan:
+    """Decides the tier and what does not fit. residual: the tier asked for, or "auto"; known: fields of `Plan`."""
+    memory_free = machine.available_memory()
+    tier = _tier(residual, costs.residual, device, memory_free)
+    pooled = min(costs.outputs, POOLED)
+    memory = costs.resident + costs.microbatch + costs.states + pooled + (costs.residual if tier == "ram" else 0)
+    disk = costs.outputs + (2 * costs.residual if tier == "disk" else 0)
+    unit = "tokens" if known["height"] else "rows"
+    return Plan(
+        **known,
+        last=where(last),
+        device=device,
+        threads=torch.get_num_threads(),
+        microbatch=f"{microbatch:,} {unit}",
+        costs=costs,
+        tier=tier,
+        memory_bytes=memory,
+        memory_free=memory_free,
+        disk_bytes=disk,
+        disk_free=disk_free,
+        blockers=tuple(_blockers(tier, memory, memory_free, disk, disk_free)),
+    )
+
+
+def tile_height(device: torch.device, widths: tuple[int, ...]) -> int:
+    """Rows of every GEMM in packed mode. widths: of what goes through activations."""
+    return fixed_height(HEIGHT.get(device.type, ACCELERATOR_HEIGHT), widths, torch.get_num_threads())
+
+
+def _tier(asked: str, need: int, device: torch.device, memory_free: int) -> Tier:
+    """Where the residual stream lives: the device if a third of it suffices, else RAM if half does, else disk."""
+    tiers: dict[str, Tier] = {"device": "device", "ram": "ram", "disk": "disk"}
+    if asked != "auto":
+        return tiers[asked]
+    if device.type != "cpu" and need <= machine.device_memory(device) // 3:
+        return "device"
+    return "ram" if need <= memory_free // 2 else "disk"
+
+
+def _blockers(tier: Tier, memory: int, memory_free: int, disk: int, disk_free: int) -> Iterator[str]:
+    """What does not fit, each with the number to change."""
+    if memory > memory_free:
+        advice = "" if tier == "disk" else "; residual='disk' moves the residual stream out of it"
+        yield (
+            f"{size(memory)} of RAM are needed and {size(memory_free)} are free: lower microbatch_tokens, "
+            f"or send fewer prompts at a time{advice}"
+        )
+    if disk > disk_free:
+        yield (
+            f"{size(disk)} of disk are needed and {size(disk_free)} are free: free {size(disk - disk_free)}, "
+            "choose another out=, or capture fewer layers or positions"
+        )
+
+
+def size(count: float) -> str:
+    """Bytes for a reader: decimal units, three digits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 1:
+        return "a second"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

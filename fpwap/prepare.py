@@ -1,0 +1,232 @@
+"""From a request to everything that a run needs, before anything is opened for writing or put on a device.
+
+Config, headers and lengths in; sites, token table and plan out. No tensor is read.
+"""
+
+import math
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+import archs
+from archs.batch import Attention
+from archs.contract import ArchError, Family
+
+from . import hub, machine
+from .callbacks.base import Callback
+from .context import SweepContext
+from .errors import ModelError, RequestError
+from .plan import Costs, Plan, make_plan, tile_height
+from .prompts import Prompts, TokenTable, arrange, ingest
+from .schedule import Schedule, Stage, group_stages
+from .sites import Targets, bind, check_positions, stage_of
+from .weights import Checkpoint, Layout, lay_out, shard_names
+
+MICROBATCH_HEIGHTS = 4
+"""Tiles of a packed microbatch by default: the fill of the last one is a few percent."""
+COMPUTED = (torch.bfloat16, torch.float16, torch.float32)
+"""Dtypes that the families are proved in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The arguments of a `fpwap.Sweep`, each checked for itself. dtype None: the checkpoint's own."""
+
+    model: str
+    revision: str | None
+    seq_len: int | None
+    truncation: Literal["error", "left", "right"]
+    dtype: torch.dtype | None
+    device: str | torch.device
+    batching: Literal["packed", "padded"]
+    microbatch_size: int
+    microbatch_tokens: int | None
+    attention: Attention | None
+    residual: str
+    layers_per_visit: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A checkpoint and the family that computes it."""
+
+    files: hub.Model
+    family: Family
+    raw: Mapping[str, Any]
+    config: Any
+    checkpoint: Checkpoint
+    layout: Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What `prepare` found."""
+
+    model: Model
+    prompts: Prompts
+    table: TokenTable
+    targets: Targets
+    context: SweepContext
+    plan: Plan
+
+
+def open_model(name: str, revision: str | None) -> Model:
+    """The config, its family and the headers, checked against each other. Raises `ModelError` or `HubError`."""
+    files = hub.locate(name, revision)
+    raw = files.config()
+    try:
+        family = archs.family(raw)
+        config = family.config(raw)
+    except ArchError as error:
+        raise ModelError(f"{name}: {error}") from error
+    files = hub.fetch(files, shard_names(files.folder)[0])
+    checkpoint = Checkpoint.open(files.folder)
+    layout = lay_out(checkpoint, family, config)
+    return Model(files=files, family=family, raw=raw, config=config, checkpoint=checkpoint, layout=layout)
+
+
+def prepare(request: Request, dataset: Iterable[Any], callbacks: Sequence[Callback], out: Path | None) -> Prepared:
+    """Everything up to the plan; the dataset is iterated once. Raises `FpwapError`s; the plan may be infeasible."""
+    model = open_model(request.model, request.revision)
+    family, config = model.family, model.config
+    targets = bind(callbacks, family, config)
+    attention = request.attention or family.attention[0]
+    if attention not in family.attention:
+        have = " and ".join(family.attention)
+        raise RequestError(f"attn_implementation {attention!r} is not one of {family.name}'s: it has {have}")
+    if stage_of(targets.last).kind == "head" and Stage("head") not in model.layout.sources:
+        raise RequestError(f"{request.model} has no {family.head} and ties no weights: it has no logits")
+    prompts = ingest(
+        dataset,
+        vocab=config.vocab,
+        seq_len=request.seq_len,
+        max_positions=config.max_positions,
+        truncation=request.truncation,
+        keep_metadata=any(callback.needs_metadata for callback in callbacks),
+        keep_padding=request.batching == "padded",
+    )
+    for callback in callbacks:
+        check_positions(callback, prompts.lengths)
+
+    dtype, device = request.dtype or _stored_dtype(model), _device(request.device)
+    height = None
+    if request.batching == "packed":
+        height = tile_height(device, tuple(getattr(config, word) for word in family.activations))
+    microbatch_tokens = request.microbatch_tokens or MICROBATCH_HEIGHTS * (height or 0)
+    table = arrange(
+        prompts,
+        batching=request.batching,
+        microbatch_tokens=microbatch_tokens,
+        microbatch_size=request.microbatch_size,
+        pad_token_id=_pad_token(model),
+    )
+    context = SweepContext(
+        dtype=dtype, device=device, family=family, config=config, prompts=prompts, bound=targets.by_callback(callbacks)
+    )
+    packed = request.batching == "packed"
+    schedule = _schedule(targets, model, request.layers_per_visit, table)
+    plan = make_plan(
+        model=model.files.name,
+        commit=model.files.commit,
+        family=family.name,
+        layers=config.layers,
+        last=targets.last,
+        dtype=dtype,
+        device=device,
+        attention=attention,
+        batching=request.batching,
+        prompts=prompts.n,
+        tokens=prompts.total_tokens,
+        rows=table.rows,
+        longest=int(prompts.lengths.max()),
+        microbatches=len(table.microbatches),
+        microbatch=microbatch_tokens if packed else request.microbatch_size,
+        height=height,
+        schedule=schedule,
+        residual=request.residual,
+        costs=_costs(model, callbacks, targets, context, table, schedule),
+        disk_free=machine.free_disk(out or Path(tempfile.gettempdir())),
+        warnings=(*targets.warnings, *_beyond_training(model, prompts)),
+    )
+    return Prepared(model=model, prompts=prompts, table=table, targets=targets, context=context, plan=plan)
+
+
+def _stored_dtype(model: Model) -> torch.dtype:
+    """HF's rule: what the config names, else the first floating tensor's."""
+    named = model.raw.get("dtype") or model.raw.get("torch_dtype")
+    if named is None:
+        return model.checkpoint.first_floating() or torch.bfloat16
+    dtype = getattr(torch, str(named).removeprefix("torch."), None)
+    if dtype not in COMPUTED:
+        raise ModelError(f"{model.files.name}: config.json names the dtype {named!r}; pass dtype='bfloat16' or another")
+    return dtype
+
+
+def _device(asked: str | torch.device) -> torch.device:
+    try:
+        return machine.resolve_device(asked)
+    except RuntimeError as error:
+        raise RequestError(f"device {asked!r} is not to be had: {str(error).splitlines()[0]}") from error
+
+
+def _pad_token(model: Model) -> int:
+    pad = model.raw.get("pad_token_id")
+    return pad if isinstance(pad, int) and 0 <= pad < model.config.vocab else 0
+
+
+def _beyond_training(model: Model, prompts: Prompts) -> list[str]:
+    """Prompts longer than the model was made for, where the maths does not forbid them."""
+    trained = model.raw.get("max_position_embeddings")
+    longer = int((prompts.lengths > trained).sum()) if isinstance(trained, int) else 0
+    return [f"{longer} prompts are longer than max_position_embeddings ({trained})"] if longer else []
+
+
+def _schedule(targets: Targets, model: Model, size: int, table: TokenTable) -> Schedule:
+    """The stages up to the last wanted site."""
+    stage = stage_of(targets.last)
+    waves = (range(len(table.microbatches)),)
+    if stage.kind == "embed":
+        return Schedule(((stage,),), waves)
+    layers = range(model.config.layers if stage.layer is None else stage.layer + 1)
+    return Schedule(group_stages(layers, norm=stage.layer is None, head=stage.kind == "head", size=size), waves)
+
+
+def _costs(
+    model: Model,
+    callbacks: Sequence[Callback],
+    targets: Targets,
+    context: SweepContext,
+    table: TokenTable,
+    schedule: Schedule,
+) -> Costs:
+    """What the sweep will read, hold and put out. Raises `RequestError` from callbacks that cannot work so."""
+    layout, config, itemsize = model.layout, model.config, context.dtype.itemsize
+    outputs = states = 0
+    for callback, own in zip(callbacks, targets.bound, strict=True):
+        declared = callback.declare(context)
+        for layer, hook in own:
+            states += callback.state_bytes(context, layer, hook)
+            if hook in declared:
+                out = declared[hook]
+                count = context.n_prompts if out.per == "prompt" else context.total_tokens
+                outputs += count * math.prod(out.rest) * out.dtype.itemsize
+    stages = set(schedule.loads())
+    widest = max(math.prod(width) for width in model.family.widths(config).values())
+    rows = max(batch.rows.stop - batch.rows.start for batch in table.microbatches)
+    logits = config.vocab if Stage("head") in stages else 0
+    copied = context.dtype != model.checkpoint.first_floating() or context.device.type != "cpu"
+    layers = [layout.elements(stage) for stage in stages if stage.kind == "layer"]
+    resident = max(sum(layout.elements(stage) for stage in group) for group in schedule.groups)
+    return Costs(
+        weights={stage: layout.size(stage) for stage in stages},
+        resident=2 * resident * itemsize if copied else 0,
+        residual=table.rows * config.hidden * itemsize if len(schedule.groups) > 1 else 0,
+        microbatch=rows * (6 * config.hidden + 3 * widest + logits) * itemsize,
+        outputs=outputs,
+        states=states,
+        flops=2.0 * sum(layers) * table.rows,
+    )

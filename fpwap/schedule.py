@@ -1,0 +1,78 @@
+"""The order of a sweep as data: which stage meets which microbatch, when.
+
+A *stage* is what has weights of its own: the embedding, each layer, the final norm, the head. A *layer group* is
+consecutive stages resident together; a microbatch goes through all of them in one visit. A *wave* is a part of the
+dataset that is swept on its own. Weights are read once per wave: groups outside, microbatches inside.
+
+Knows nothing of tensors or files.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Kind = Literal["embed", "layer", "norm", "head"]
+
+
+class Stage(NamedTuple):
+    """A part of the model with weights of its own; ``layer`` is set for layers only."""
+
+    kind: Kind
+    layer: int | None = None
+
+    @property
+    def label(self) -> str:
+        return str(self.layer) if self.kind == "layer" else self.kind
+
+
+class Step(NamedTuple):
+    """One visit: these stages, on this microbatch of the token table, of this wave.
+
+    first, last: whether it is the group's first or last visit of the wave: weights come before, commits after.
+    """
+
+    wave: int
+    group: int
+    microbatch: int
+    first: bool
+    last: bool
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """groups: stages in the model's order. waves: ranges of microbatch indices, together the whole table."""
+
+    groups: tuple[tuple[Stage, ...], ...]
+    waves: tuple[range, ...]
+
+    def steps(self) -> Iterator[Step]:
+        """Every step in order: for each wave, for each group, each microbatch."""
+        for wave, microbatches in enumerate(self.waves):
+            for group in range(len(self.groups)):
+                for index in microbatches:
+                    yield Step(wave, group, index, index == microbatches[0], index == microbatches[-1])
+
+    def loads(self) -> list[Stage]:
+        """The stages in the order in which their weights are needed, once per wave."""
+        return [stage for _ in self.waves for group in self.groups for stage in group]
+
+    def __len__(self) -> int:
+        return len(self.groups) * sum(len(wave) for wave in self.waves)
+
+
+def group_stages(layers: Sequence[int], *, norm: bool, head: bool, size: int) -> tuple[tuple[Stage, ...], ...]:
+    """Stages cut into groups of ``size`` layers.
+
+    The embedding visits with the first group, since it makes what the group reads; the final norm and the head come
+    after the layers, in a visit of their own unless all layers fit into one.
+    """
+    assert size >= 1
+    blocks = [Stage("layer", layer) for layer in layers]
+    groups = [blocks[start : start + size] for start in range(0, len(blocks), size)] or [[]]
+    groups[0] = [Stage("embed"), *groups[0]]
+    tail = [Stage("norm")] * norm + [Stage("head")] * head
+    if tail and len(groups) == 1:
+        groups[0] += tail
+    elif tail:
+        groups.append(tail)
+    return tuple(tuple(group) for group in groups)

@@ -1,0 +1,415 @@
+"""The outputs of a run on disk: plain safetensors files in input order, complete or not there.
+
+`Store.open`, then for every output `declare`, `write` (any order of prompts), `commit`; artifacts in between; `finish`
+writes the manifest, without which a folder is no result. A file is made as ``*.partial`` with its header first and its
+full size reserved, rows go in place by ``pwrite`` (never through a memory map, which kills the interpreter on a full
+disk), and the file gets its name when all of it has reached the disk.
+
+The digest of an output is xxh3_128 over the 16-byte xxh3_128 digests of its prompts in input order, so rows are hashed
+as they come and never read again; that of any other file is xxh3_128 of its bytes.
+
+The module does not know where values come from, in which order prompts are computed, or what a run's identity is.
+"""
+
+import errno
+import fcntl
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from xxhash import xxh3_128, xxh3_128_digest, xxh3_128_hexdigest
+
+from .errors import CallbackError, StoreError
+
+if TYPE_CHECKING:
+    from .callbacks.base import LayerArtifact, Site
+
+FORMAT, FORMAT_VERSION = "fpwap-run", 1
+MANIFEST, PROMPTS, REQUEST = "manifest.json", "prompts.safetensors", "run.json"
+"""Files of a run folder; ``run.json`` is the journal's and is listed in the manifest where it exists."""
+Tensors = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Tensor name -> dtype and shape, of one safetensors file."""
+
+_WORDS = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
+    torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.complex64: "C64",
+    torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+"""torch's dtype -> safetensors' word for it."""
+
+# --- layout: what lies where, known before the first value ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A safetensors file: its first bytes, the byte at which each tensor begins, in file order, and its size."""
+
+    header: bytes
+    starts: dict[str, int]
+    size: int
+
+
+def layout(tensors: Tensors, where: str) -> Layout:
+    """The file that holds these tensors; widest elements first, so that each tensor is aligned. where: for errors."""
+    words: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    starts, end = {}, 0
+    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
+        if dtype not in _WORDS:
+            raise CallbackError(f"{where}: safetensors files cannot hold {dtype} ({name!r}); use another dtype")
+        starts[name], end = end, end + math.prod(shape) * dtype.itemsize
+        words[name] = {"dtype": _WORDS[dtype], "shape": shape, "data_offsets": (starts[name], end)}
+    text = json.dumps(words, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return Layout(header, {name: len(header) + start for name, start in starts.items()}, len(header) + end)
+
+
+def prompt_tensors(prompts: int, tokens: int) -> Tensors:
+    """What ``prompts.safetensors`` holds: the token ids of all prompts in input order, and where each begins."""
+    return {"ids": (torch.int32, (tokens,)), "offsets": (torch.int64, (prompts + 1,))}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One output. rest: shape behind ``[prompts]`` (per "prompt") or ``[tokens]`` (per "token")."""
+
+    layer: int | None
+    hook: str
+    name: str | None
+    per: Literal["prompt", "token"]
+    rest: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def site(self) -> "Site":
+        return self.layer, self.hook
+
+    @property
+    def file(self) -> str:
+        return _file("activations", self.layer, self.hook, self.name)
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.rest) * self.dtype.itemsize
+
+    def tensors(self, prompts: int, tokens: int) -> Tensors:
+        """``values [prompts, *rest]``, or ``values [tokens, *rest]`` with ``offsets [prompts + 1]``."""
+        if self.per == "prompt":
+            return {"values": (self.dtype, (prompts, *self.rest))}
+        return {"values": (self.dtype, (tokens, *self.rest)), "offsets": (torch.int64, (prompts + 1,))}
+
+    def __str__(self) -> str:
+        return _where(self.layer, self.hook, self.name)
+
+
+def _where(layer: int | None, hook: str, name: str | None) -> str:
+    return ("" if layer is None else f"layer {layer}, ") + f"hook {hook}" + (f", name {name}" if name else "")
+
+
+def _file(folder: str, layer: int | None, hook: str, name: str | None) -> str:
+    """The file of an output or artifact; never parsed."""
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name):
+        raise CallbackError(
+            f"{_where(layer, hook, None)}: an output's name is part of a file name, so {name!r} will not do; "
+            "use letters, digits, _ and -"
+        )
+    words = (*(() if layer is None else (f"layer_{layer:03d}",)), hook, *(() if name is None else (name,)))
+    return f"{folder}/{'.'.join(words)}.safetensors"
+
+
+def sealed(manifest: Mapping[str, Any]) -> bytes:
+    """The bytes of ``manifest.json``; its last key is the digest of all the others, so that an edit shows."""
+    body = {key: value for key, value in manifest.items() if key != "digest"}
+    return _json({**body, "digest": xxh3_128_hexdigest(_json(body))})
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, indent=1).encode() + b"\n"
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def reported(path: Path, needed: int = 0) -> Iterator[None]:
+    """Turns an `OSError` into a `StoreError` that names ``path``, and on a full disk the bytes needed and free."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreError(f"{path}: {error.strerror or error}") from error
+        free = shutil.disk_usage(path.parent).free
+        raise StoreError(
+            f"{path}: {error.strerror}: {needed} bytes needed, {free} bytes free; free space there or give another out="
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in ``folder`` durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class _File:
+    """A new file, ``*.partial`` until `publish`; ``needed`` is its size."""
+
+    def __init__(self, path: Path, needed: int) -> None:
+        self.path, self.needed = path, needed
+        self.partial = path.with_name(path.name + ".partial")
+        with reported(self.partial, needed):
+            self.fd = os.open(self.partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+    def reserve(self) -> None:
+        """Take the disk space now, where the file system can: a run should not find it missing in hour three."""
+        with reported(self.partial, self.needed):
+            try:
+                os.posix_fallocate(self.fd, 0, self.needed)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                    raise
+                os.ftruncate(self.fd, self.needed)
+
+    def write(self, data: memoryview, at: int) -> None:
+        with reported(self.partial, self.needed):
+            while data:
+                done = os.pwrite(self.fd, data, at)
+                data, at = data[done:], at + done
+
+    def publish(self) -> None:
+        """On disk, closed and under its final name; the caller makes the name durable by `sync_folder`."""
+        with reported(self.partial, self.needed):
+            os.fsync(self.fd)
+            self.close()
+            os.rename(self.partial, self.path)
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            os.close(fd)
+
+
+@dataclass
+class _Output:
+    """A declared output. start: the byte of "values"; times: how often each prompt came; digests: one per prompt.
+
+    assembled: ``[prompts, row_bytes]`` of an output kept in RAM until its commit, else None.
+    """
+
+    file: _File
+    start: int
+    times: np.ndarray
+    digests: np.ndarray
+    assembled: np.ndarray | None
+
+
+# --- the store ------------------------------------------------------------------------------------------------------
+
+
+class Store:
+    """One run folder while it is written, by one run only. Raises `StoreError` for whatever the disk refuses."""
+
+    def __init__(self, folder: Path, lengths: np.ndarray, ram: int) -> None:
+        self._folder, self._ram, self._lock = folder, ram, -1
+        self._first_row = {  # of each prompt in a file's values, and one past the last
+            "prompt": np.arange(len(lengths) + 1),
+            "token": np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+        }
+        self._outputs: dict[Record, _Output] = {}
+        self._listed: dict[str, dict[str, Any]] = {}
+        self._records: list[dict[str, Any]] = []
+        self._artifacts: list[dict[str, Any]] = []
+
+    @classmethod
+    def open(cls, folder: Path, lengths: np.ndarray, *, ram: int = 2**30) -> "Store":
+        """``folder`` exists and holds nothing but the journal's record.
+
+        lengths: int64 ``[N]``, tokens of each prompt in input order. ram: bytes for per-prompt outputs that are
+        assembled in memory and written in one pass; what is beyond goes to disk row by row.
+        """
+        store = cls(folder, lengths, ram)
+        with reported(folder):
+            store._lock = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(store._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                store.close()
+                raise StoreError(f"{folder}: another run is writing there; wait for it or give another out=") from None
+            except OSError:
+                pass  # a file system without locks
+            for name in ("activations", "artifacts"):
+                (folder / name).mkdir(exist_ok=True)
+            sync_folder(folder)
+        return store
+
+    @property
+    def _counts(self) -> tuple[int, int]:
+        return len(self._first_row["token"]) - 1, int(self._first_row["token"][-1])
+
+    def declare(self, record: Record) -> None:
+        """Make the record's file, once per (layer, hook, name)."""
+        if record.file in self._listed or any(record.file == other.file for other in self._outputs):
+            raise CallbackError(f"{record}: there are two outputs of this name; give one another name")
+        plan = layout(record.tensors(*self._counts), str(record))
+        prompts, values = self._counts[0], plan.size - plan.starts["values"]
+        assembled = None
+        if record.per == "prompt" and values <= self._ram:
+            self._ram -= values
+            assembled = np.empty((prompts, record.row_bytes), np.uint8)
+        file = _File(self._folder / record.file, plan.size)
+        self._outputs[record] = _Output(
+            file, plan.starts["values"], np.zeros(prompts, np.uint8), np.empty((prompts, 16), np.uint8), assembled
+        )
+        file.write(memoryview(plan.header), 0)
+        file.reserve()
+        if record.per == "token":
+            file.write(self._first_row["token"].data.cast("B"), plan.starts["offsets"])
+
+    def write(self, record: Record, values: Tensor, sample_ids: Tensor) -> None:
+        """Take some prompts' values; the caller may reuse them at once.
+
+        values: ``[b, *rest]``, or ``[b, s, *rest]`` of b prompts of s tokens, on the CPU, in the record's dtype.
+        sample_ids: int64 ``[b]``. Raises `StoreError` where a prompt comes a second time.
+        """
+        output, ids, first = self._outputs[record], sample_ids.numpy(), self._first_row[record.per]
+        shape = values.shape[1:] if record.per == "prompt" else values.shape[2:]
+        assert (shape, values.dtype, values.device.type) == (record.rest, record.dtype, "cpu"), record
+        size = values.nbytes // len(ids)
+        assert ids.min() >= 0
+        assert ((first[ids + 1] - first[ids]) * record.row_bytes == size).all(), record
+        np.add.at(output.times, ids, 1)
+        if (output.times[ids] > 1).any():
+            again = ids[output.times[ids] > 1][0]
+            raise StoreError(f"{output.file.path}: {record}: sample {again} was written twice")
+        rows = values.contiguous().reshape(len(ids), size // record.dtype.itemsize).view(torch.uint8).numpy()
+        output.digests[ids] = np.frombuffer(b"".join(map(xxh3_128_digest, rows)), np.uint8).reshape(-1, 16)
+        if output.assembled is not None:
+            output.assembled[ids] = rows
+            return
+        for row, at in zip(rows, (output.start + first[ids] * record.row_bytes).tolist(), strict=True):
+            output.file.write(row.data, at)
+
+    def artifact(self, layer: int | None, hook: str, artifact: "LayerArtifact") -> None:
+        """Write one artifact, of tensors on any device; it is complete and has its name when this returns."""
+        where, file = _where(layer, hook, artifact.name), _file("artifacts", layer, hook, artifact.name)
+        if file in self._listed:
+            raise CallbackError(f"{where}: there are two artifacts of this name; give one another name")
+        try:
+            meta = json.loads(json.dumps(artifact.meta))
+        except (TypeError, ValueError) as error:
+            raise CallbackError(f"{where}: an artifact's meta must be JSON: {error}") from error
+        tensors = {name: tensor.detach().cpu().reshape(-1).contiguous() for name, tensor in artifact.tensors.items()}
+        plan = layout({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in artifact.tensors.items()}, where)
+        entry = self._put(
+            file, memoryview(plan.header), *(tensors[name].view(torch.uint8).numpy().data for name in plan.starts)
+        )
+        self._artifacts.append({"layer": layer, "hook": hook, "name": artifact.name, **entry, "meta": meta})
+
+    def put_json(self, name: str, value: object) -> None:
+        """Write one of the run's own records, such as ``profile.json``."""
+        self._put(name, memoryview(_json(value)))
+
+    def _put(self, name: str, *parts: memoryview) -> dict[str, Any]:
+        """Write a whole file; returns its name, size and digest as the manifest holds them."""
+        digest, at = xxh3_128(), 0
+        file = _File(self._folder / name, sum(part.nbytes for part in parts))
+        try:
+            for part in parts:
+                file.write(part, at)
+                digest.update(part)
+                at += part.nbytes
+            file.publish()
+        finally:
+            file.close()
+        with reported(file.path):
+            sync_folder(file.path.parent)
+        self._listed[name] = {"file": name, "bytes": at, "digest": digest.hexdigest()}
+        return self._listed[name]
+
+    def commit(self, sites: "Collection[Site]") -> None:
+        """All outputs of these sites are complete: give them their names, durably.
+
+        Raises `StoreError` where a prompt is missing; then nothing is committed.
+        """
+        done = {record: output for record, output in self._outputs.items() if record.site in sites}
+        for record, output in done.items():
+            missing = np.flatnonzero(output.times == 0)
+            if len(missing):
+                path, first = output.file.path, missing[0]
+                raise StoreError(f"{path}: {record}: {len(missing)} prompts were never written, first sample {first}")
+        for record, output in done.items():
+            if output.assembled is not None:
+                output.file.write(output.assembled.reshape(-1).data, output.start)
+                self._ram += output.assembled.nbytes
+            output.file.publish()
+            del self._outputs[record]
+            entry = {
+                "file": record.file,
+                "bytes": output.file.needed,
+                "digest": xxh3_128_hexdigest(output.digests.data),
+            }
+            about = {"variant": None, "layer": record.layer, "hook": record.hook, "name": record.name}
+            shape = {"per": record.per, "rest": record.rest, "dtype": str(record.dtype).removeprefix("torch.")}
+            rows = int(self._first_row[record.per][-1])
+            self._records.append({**about, **shape, "rows": rows, **entry})
+            self._listed[record.file] = entry
+        if done:
+            with reported(self._folder / "activations"):
+                sync_folder(self._folder / "activations")
+
+    def finish(self, manifest: Mapping[str, Any], ids: np.ndarray) -> None:
+        """Write the prompts and, last, the manifest: from now on the folder is a result.
+
+        manifest: what the run says about itself, with "layers", the model's number of layers; the files are added here.
+        ids: int32 ``[T]``, the tokens of all prompts in input order.
+        """
+        prompts, tokens = self._counts
+        assert not self._outputs
+        assert "layers" in manifest
+        assert ids.dtype == np.int32
+        assert len(ids) == tokens
+        plan = layout(prompt_tensors(prompts, tokens), PROMPTS)
+        parts = {"ids": ids, "offsets": self._first_row["token"]}
+        entry = self._put(PROMPTS, memoryview(plan.header), *(parts[name].data.cast("B") for name in plan.starts))
+        request = self._folder / REQUEST
+        with reported(request):
+            if request.exists():
+                raw = request.read_bytes()
+                self._listed[REQUEST] = {"file": REQUEST, "bytes": len(raw), "digest": xxh3_128_hexdigest(raw)}
+        written = {
+            "prompts": {"count": prompts, "tokens": tokens, **entry},
+            "records": sorted(self._records, key=_order),
+            "artifacts": sorted(self._artifacts, key=_order),
+            "files": [self._listed[name] for name in sorted(self._listed) if "/" not in name and name != PROMPTS],
+        }
+        own = {"format": FORMAT, "format_version": FORMAT_VERSION}
+        self._put(MANIFEST, memoryview(sealed({**own, **manifest, **written})))
+
+    def close(self) -> None:
+        """Let go of all files, finished or not; may be called again."""
+        for output in self._outputs.values():
+            output.file.close()
+        self._outputs.clear()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+def _order(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Manifest order: by layer, those of the model last; the same whatever the order of commits was."""
+    return entry["layer"] is None, entry["layer"] or 0, entry["hook"], entry["name"] or ""

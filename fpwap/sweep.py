@@ -1,0 +1,226 @@
+"""`Sweep`: what a user asks for, checked, planned and run.
+
+Construction is cheap and touches nothing. `preflight` reads the config, the headers and the dataset, once, and returns
+the plan; `run` opens the parts, hands them to the engine and closes them. Nothing here computes.
+"""
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from archs.batch import Attention
+
+from . import identity, journal
+from .callbacks.base import Callback
+from .engine import Parts, sweep
+from .errors import RequestError
+from .interrupt import Interruptible
+from .plan import Plan
+from .prepare import COMPUTED, Prepared, Request, prepare
+from .profile import Recorder
+from .progress import Progress, ProgressEvent
+from .residual import open_residual
+from .result import Result
+from .store import Store
+from .taps import Taps
+from .weights import Weights
+
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "batching": ("packed", "padded"),
+    "truncation": ("error", "left", "right"),
+    "residual": ("auto", "device", "ram", "disk"),
+}
+MICROBATCH_SIZE = 16
+
+
+class Sweep:
+    """Activations of ``dataset`` in ``model``: one pass over the weights, all prompts through each layer in turn.
+
+    model: hub id or local folder of safetensors. dataset: any iterable of dicts with "input_ids" (list, numpy or torch;
+    optionally "attention_mask"; other keys are the sample's metadata) or of lists of ids. It is iterated once.
+    seq_len: the longest prompt allowed; longer ones are an error, or cut on the side that ``truncation`` names.
+    callbacks: what to do with the activations, called in this order at one site.
+
+    revision: of a hub model. dtype: a torch dtype or its name; "auto" is the checkpoint's own. device: "auto" takes the
+    accelerator if there is one. out: the result's folder; None is a temporary one, gone with the result.
+    batching: "packed" (no padding; a prompt's bits depend on the prompt alone) or "padded" (bit-equal to Hugging Face on
+    the same padded batches, ``microbatch_size`` rows in dataset order). microbatch_tokens: size of a packed microbatch.
+    residual: where the residual stream lives between layers. attn_implementation: "sdpa", "eager", None: the family's
+    default. layers_per_visit: how many layers are resident together. progress: a bar, nothing, or a callable that gets
+    `ProgressEvent`s.
+
+    Raises `RequestError` for arguments that are wrong in themselves; `preflight` and `run` raise the other `FpwapError`s.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        dataset: Iterable[Any],
+        seq_len: int | None = None,
+        callbacks: Sequence[Callback] = (),
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype | str = "auto",
+        device: str | torch.device = "auto",
+        out: str | Path | None = None,
+        batching: Literal["packed", "padded"] = "packed",
+        microbatch_size: int | None = None,
+        microbatch_tokens: int | None = None,
+        truncation: Literal["error", "left", "right"] = "error",
+        residual: Literal["auto", "device", "ram", "disk"] = "auto",
+        attn_implementation: Attention | None = None,
+        layers_per_visit: int = 1,
+        progress: bool | Callable[[ProgressEvent], None] = True,
+    ) -> None:
+        given = {"batching": batching, "truncation": truncation, "residual": residual}
+        for name, value in given.items():
+            if value not in CHOICES[name]:
+                raise RequestError(f"{name} must be one of {', '.join(CHOICES[name])}, not {value!r}")
+        sizes = {"seq_len": seq_len, "microbatch_size": microbatch_size, "microbatch_tokens": microbatch_tokens}
+        for name, count in {**sizes, "layers_per_visit": layers_per_visit}.items():
+            if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+                raise RequestError(f"{name} must be a positive integer, not {count!r}")
+        if batching == "packed" and microbatch_size is not None:
+            raise RequestError("microbatch_size counts rows of a padded batch; packed mode has microbatch_tokens")
+        if batching == "padded" and microbatch_tokens is not None:
+            raise RequestError("microbatch_tokens belongs to packed mode; padded mode has microbatch_size")
+        if isinstance(dataset, str | bytes):
+            raise RequestError("dataset must be an iterable of prompts (token ids), not a string: tokenise first")
+        self._callbacks = tuple(callbacks)
+        for callback in self._callbacks:
+            if not isinstance(callback, Callback):
+                raise RequestError(f"callbacks must be instances of fpwap.Callback, not {callback!r}")
+        if len({id(callback) for callback in self._callbacks}) < len(self._callbacks):
+            raise RequestError("the same callback object is given twice; make two")
+        if not self._callbacks:
+            raise RequestError("no callbacks: a sweep computes what callbacks ask for; try RawActivations(layers=[-1])")
+        self._dataset, self._progress = dataset, progress
+        self._out = None if out is None else Path(out)
+        self._request = Request(
+            model=str(model),
+            seq_len=seq_len,
+            revision=revision,
+            dtype=_dtype(dtype),
+            device=device,
+            batching=batching,
+            microbatch_size=microbatch_size or MICROBATCH_SIZE,
+            microbatch_tokens=microbatch_tokens,
+            truncation=truncation,
+            residual=residual,
+            attention=attn_implementation,
+            layers_per_visit=layers_per_visit,
+        )
+
+    def preflight(self) -> Plan:
+        """Everything that can be known before computing: the plan, feasible or with its blockers.
+
+        Reads config, headers and the dataset (once, also if `run` follows); allocates nothing on the device.
+        """
+        return self._prepared.plan
+
+    def run(self) -> Result:
+        """Executes the plan. A finished identical run in ``out`` is opened instead.
+
+        Raises `RequestError` if the plan is not feasible, `Interrupted` on SIGINT or SIGTERM.
+        """
+        recorder = Recorder()
+        with recorder.span("plan"):
+            ready = self._prepared
+            own = identity.identity(self._request, ready, self._callbacks)
+        if not ready.plan.feasible:
+            raise RequestError("; ".join(ready.plan.blockers))
+        if self._out is not None:
+            self._run_in(self._out, ready, own, recorder)
+            return Result.open(self._out)
+        folder = Path(tempfile.mkdtemp(prefix="fpwap-"))
+        try:
+            self._run_in(folder, ready, own, recorder)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return Result.adopt(Result.open(folder))
+
+    @cached_property
+    def _prepared(self) -> Prepared:
+        return prepare(self._request, self._dataset, self._callbacks, self._out)
+
+    def _run_in(self, folder: Path, ready: Prepared, own: dict[str, Any], recorder: Recorder) -> None:
+        """Leaves a finished run of this identity in ``folder``."""
+        with recorder.span("plan"):
+            if journal.claim(folder, own) == "finished":
+                return
+        plan, model = ready.plan, ready.model
+        with contextlib.ExitStack() as opened:
+            stop = opened.enter_context(Interruptible())
+            for callback in self._callbacks:
+                with recorder.span("callback", "run"):
+                    callback.on_sweep_start(ready.context)
+            with recorder.span("finish"):  # opening and closing the parts
+                store = Store.open(folder, ready.prompts.lengths)
+                opened.callback(store.close)
+                rows = plan.rows if plan.costs.residual else 0
+                widths, scratch = {"residual": model.config.hidden}, folder / "scratch"
+                residual = open_residual(plan.tier, rows, widths, plan.dtype, plan.device, scratch)
+                opened.callback(residual.close)
+                weights = Weights(
+                    model.checkpoint,
+                    model.layout,
+                    plan.schedule.loads(),
+                    resident=max(len(group) for group in plan.schedule.groups),
+                    dtype=plan.dtype,
+                    device=plan.device,
+                    moved=lambda size, seconds: recorder.count("weights", size, seconds),
+                )
+                opened.callback(weights.close)
+                progress = Progress(self._progress, len(plan.schedule))
+                opened.callback(progress.close)
+            taps = Taps(
+                self._callbacks,
+                ready.targets.bound,
+                prompts=plan.prompts,
+                last=ready.targets.last,
+                declare=store.declare,
+                write=store.write,
+                span=recorder.span,
+                check=stop.check,
+            )
+            sweep(
+                Parts(
+                    plan=plan,
+                    family=model.family,
+                    config=model.config,
+                    table=ready.table,
+                    weights=weights,
+                    residual=residual,
+                    taps=taps,
+                    store=store,
+                    recorder=recorder,
+                    progress=progress,
+                )
+            )
+            for callback in self._callbacks:
+                with recorder.span("callback", "run"):
+                    callback.on_sweep_end()
+            with recorder.span("finish"):
+                for part in (progress, weights, residual):
+                    part.close()
+            profile = recorder.finish(prompts=plan.prompts, tokens=plan.tokens, predicted_s=plan.predicted_s)
+            store.put_json("profile.json", profile.to_json())
+            store.finish(identity.manifest(own, plan), ready.prompts.ids)
+
+
+def _dtype(asked: torch.dtype | str) -> torch.dtype | None:
+    """A dtype or its name; None for "auto"."""
+    names = {str(dtype).removeprefix("torch."): dtype for dtype in COMPUTED}
+    if asked == "auto":
+        return None
+    dtype = names.get(asked) if isinstance(asked, str) else asked
+    if dtype not in COMPUTED:
+        raise RequestError(f"dtype must be 'auto' or one of {', '.join(names)}, not {asked!r}")
+    return dtype

@@ -1,0 +1,338 @@
+"""The sites that somebody wants, and the callbacks on them, as one `Tap` for each visit of a stage.
+
+A block shows flat rows; a callback sees ``[b, s, ...]``: b prompts of one length s, no padding. Between the two stand the
+microbatch's views. At one site all "read" callbacks come first, then "write" in order of registration, each seeing the
+one before, then "read_after_write". Emits go to `write`, values written back go on into the block.
+
+Also here: the end of a sweep (the last wanted site raises `Reached`, nothing past it is computed), the flag of an
+interrupt (looked at at every tap), and non-finite values. Files, weights and the order of steps are not known.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from archs.batch import Group
+
+from .callbacks.base import Callback, Emit, LayerArtifact, Site, WriteBack
+from .errors import CallbackError, FpwapError, NonFiniteError
+from .prompts import Microbatch, View
+from .schedule import Stage
+from .sites import PHASES, where
+from .store import Record
+
+class Reached(Exception):
+    """The last wanted site is behind us; not an error."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Prompts of one length in one chunk of the head: which of its rows hold which positions of them."""
+
+    view: View
+    positions: list[int]
+    rows: Tensor
+
+
+class Taps:
+    """All callbacks of a sweep, bound to their sites.
+
+    sites: for each callback, in order of registration, the sites it targets. declare, write: where outputs go.
+    span: profile spans by phase. check: raises if the run is to stop. last: the last wanted site.
+    """
+
+    def __init__(
+        self,
+        callbacks: Sequence[Callback],
+        sites: Sequence[Sequence[Site]],
+        *,
+        prompts: int,
+        last: Site,
+        declare: Callable[[Record], None],
+        write: Callable[[Record, Tensor, Tensor], None],
+        span: Callable[[str], AbstractContextManager[None]],
+        check: Callable[[], None],
+    ) -> None:
+        self._callbacks, self._sites = list(callbacks), [list(own) for own in sites]
+        self.prompts, self.last = prompts, last
+        self.span, self.check = span, check
+        self._declare, self._write = declare, write
+        self._at: dict[Site, list[Callback]] = {}
+        for phase in PHASES:
+            for callback, own in zip(self._callbacks, self._sites, strict=True):
+                for site in own:
+                    if callback.phase == phase:
+                        self._at.setdefault(site, []).append(callback)
+        self._records: dict[tuple[int, Site, str | None], Record] = {}
+        self._emitted: Counter[Record] = Counter()
+
+    def on(self, site: Site) -> Sequence[Callback]:
+        """The callbacks at a site, in the order in which they are called."""
+        return self._at.get(site, ())
+
+    def sites_of(self, layer: int | None) -> list[Site]:
+        return [site for site in self._at if site[0] == layer]
+
+    def at(self, stage: Stage, microbatch: Microbatch) -> "StageTap":
+        return StageTap(self, stage, microbatch)
+
+    # --- the life cycle of a layer ---
+
+    def _of_layer(self, layer: int | None) -> Iterator[tuple[Callback, list[Site]]]:
+        for callback, own in zip(self._callbacks, self._sites, strict=True):
+            at_layer = [site for site in own if site[0] == layer]
+            if at_layer:
+                yield callback, at_layer
+
+    def start_layer(self, layer: int | None) -> None:
+        """`on_layer_start` of everybody who targets it; None stands for the model-level hooks."""
+        for callback, sites in self._of_layer(layer):
+            with self.span("callback"), _blame(callback, "on_layer_start", sites[0]):
+                callback.on_layer_start(layer)
+
+    def end_layer(self, layer: int | None) -> list[tuple[Site, LayerArtifact]]:
+        """`on_layer_end`, after the layer's last wave: the artifacts. Every emitter must have emitted every prompt."""
+        for record, count in self._emitted.items():
+            if record.layer == layer and count != self.prompts:
+                raise CallbackError(
+                    f"a callback emitted {count} of {self.prompts} prompts at {where((layer, record.hook))}: "
+                    "one that emits at a site emits for every prompt"
+                )
+        artifacts: list[tuple[Site, LayerArtifact]] = []
+        for callback, sites in self._of_layer(layer):
+            with self.span("callback"), _blame(callback, "on_layer_end", sites[0]):
+                made = callback.on_layer_end(layer)
+                for artifact in [made] if isinstance(made, LayerArtifact) else list(made or ()):
+                    artifacts.append((_site_of(artifact, sites), artifact))
+        return artifacts
+
+    # --- one call of one callback ---
+
+    def call(self, callback: Callback, site: Site, acts: Tensor, view: View) -> Tensor | None:
+        """Shows ``acts`` to a callback; returns what it wrote back."""
+        with self.span("callback"), _blame(callback, "on_batch", site, view):
+            returned = callback.on_batch(site[0], site[1], acts, view.sample_ids)
+            written: Tensor | None = None
+            for part in returned if isinstance(returned, tuple) else () if returned is None else (returned,):
+                if isinstance(part, Emit):
+                    self._emit(callback, site, part, view)
+                elif isinstance(part, WriteBack):
+                    written = _checked(part, callback, acts)
+                else:
+                    raise _Wrong(f"returned a {type(part).__name__}; on_batch returns Emit, WriteBack, both or None")
+        return written
+
+    def _emit(self, callback: Callback, site: Site, emit: Emit, view: View) -> None:
+        lead = (len(view.sample_ids),) if emit.per == "prompt" else (len(view.sample_ids), view.length)
+        shape = tuple(emit.values.shape)
+        if shape[: len(lead)] != lead:
+            raise _Wrong(f"emitted shape {list(shape)} per {emit.per}; it must start with {list(lead)}")
+        key = (self._callbacks.index(callback), site, emit.name)
+        rest, dtype = shape[len(lead) :], emit.dtype or emit.values.dtype
+        record = self._records.get(key)
+        if record is None:
+            name = emit.name or self._free_name(callback, site)
+            record = Record(layer=site[0], hook=site[1], name=name, per=emit.per, rest=rest, dtype=dtype)
+            if any(record.name == other.name for other in self._records_at(site)):
+                raise _Wrong(f"emitted a second output named {record.name!r}; give one of them another name")
+            self._records[key] = record
+            self._declare(record)
+        elif (record.per, record.rest, record.dtype) != (emit.per, rest, dtype):
+            before = f"{list(record.rest)} {record.dtype} per {record.per}"
+            raise _Wrong(f"emitted {list(rest)} {dtype} per {emit.per} after {before}: they must stay the same")
+        with self.span("write"):
+            self._write(record, emit.values.detach().to(dtype).cpu(), view.sample_ids)
+        self._emitted[record] += len(view.sample_ids)
+
+    def _records_at(self, site: Site) -> list[Record]:
+        return [record for (_, at, _), record in self._records.items() if at == site]
+
+    def _free_name(self, callback: Callback, site: Site) -> str | None:
+        """The first unnamed output of a site has no name, the next ones their callback's class name and a number."""
+        taken = {record.name for record in self._records_at(site)}
+        base = type(callback).__name__
+        candidates = (None, base, *(f"{base}_{number}" for number in range(2, len(taken) + 3)))
+        return next(name for name in candidates if name not in taken)
+
+    # --- the head ---
+
+    def head_chunks(self, microbatch: Microbatch, limit: int | None) -> Iterator[tuple[Tensor | None, list[Piece]]]:
+        """Which rows' logits are wanted: row indices into the microbatch (None: all rows), and who is in them.
+
+        limit: rows of a chunk at most, whole prompts (packed); None: one chunk, with HF's rows for `logits_to_keep`.
+        """
+        wanted = [callback.positions for callback in self.on((None, "logits"))]
+        everywhere = any(isinstance(positions, str) and positions == "all" for positions in wanted)
+        pieces: list[Piece] = []
+        parts: list[Tensor] = []
+        filled = 0
+        for view in microbatch.views:
+            union = sorted({p for positions in wanted for p in resolve(positions, view.length)})
+            rows = _row_index(view)
+            if limit is None and everywhere:
+                pieces.append(Piece(view, union, rows))
+                continue
+            step = len(rows) if limit is None else max(1, limit // len(union))
+            for first in range(0, len(rows), step):
+                some = rows[first : first + step][:, union]
+                if limit is not None and filled and filled + some.numel() > limit:
+                    yield torch.cat(parts), pieces
+                    pieces, parts, filled = [], [], 0
+                part = View(view.sample_ids[first : first + step], view.length, slice(0, 0))
+                pieces.append(Piece(part, union, torch.arange(filled, filled + some.numel()).view(some.shape)))
+                parts.append(some.flatten())
+                filled += some.numel()
+        if pieces:
+            yield (torch.cat(parts) if parts else None), pieces
+
+    def show_logits(self, value: Tensor, pieces: Iterable[Piece]) -> None:
+        """``value [rows, vocab]`` of one chunk, to everybody at "logits"."""
+        site: Site = (None, "logits")
+        for piece in pieces:
+            for callback in self.on(site):
+                self.check()
+                chosen = [piece.positions.index(p) for p in resolve(callback.positions, piece.view.length)]
+                self.call(callback, site, value[piece.rows[:, chosen]], piece.view)
+
+    # --- non-finite values ---
+
+    def check_finite(self, x: Tensor, stage: Stage, microbatch: Microbatch) -> None:
+        """Raises `NonFiniteError` naming stage and prompt if a real row of the residual stream is infinite or NaN."""
+        if torch.isfinite(x.sum(dtype=torch.float32)):
+            return
+        for view in microbatch.views:
+            finite = torch.isfinite(x[_row_index(view)]).flatten(1).all(1).cpu()
+            if not finite.all():
+                sample = int(view.sample_ids[~finite][0])
+                raise NonFiniteError(
+                    f"the residual stream of sample {sample} is not finite after {stage.kind} {stage.label}; "
+                    f"{x.dtype} may not be wide enough for this model: try dtype='bfloat16' or 'float32'"
+                )
+
+
+class StageTap:
+    """`archs.contract.Tap` for one stage and one microbatch."""
+
+    def __init__(self, taps: Taps, stage: Stage, microbatch: Microbatch) -> None:
+        self._taps, self._stage, self._microbatch = taps, stage, microbatch
+        self._pattern_rows = 0
+
+    def wants(self, hook: str) -> bool:
+        return bool(self._taps.on((self._stage.layer, hook)))
+
+    def __call__(self, hook: str, value: Tensor, group: Group | None = None) -> Tensor:
+        taps, site = self._taps, (self._stage.layer, hook)
+        taps.check()
+        callbacks = taps.on(site)
+        if not callbacks:
+            return value
+        if group is not None:
+            self._show_pattern(site, callbacks, value, group)
+        else:
+            value = self._show_rows(site, callbacks, value)
+        if site == taps.last and (group is None or self._pattern_rows == self._microbatch.groups[-1].rows.stop):
+            raise Reached
+        return value
+
+    def _show_rows(self, site: Site, callbacks: Sequence[Callback], value: Tensor) -> Tensor:
+        if any(callback.phase == "write" for callback in callbacks):
+            value = value.clone()  # what the block computed from stays as it was
+        for view in self._microbatch.views:
+            for callback in callbacks:
+                every = isinstance(callback.positions, str) and callback.positions == "all"
+                chosen = slice(None) if every else resolve(callback.positions, view.length)
+                acts = _sequences(value, view)[:, chosen]
+                if not callback.borrows:
+                    acts = acts.clone(memory_format=torch.contiguous_format)
+                written = self._taps.call(callback, site, acts, view)
+                if written is not None:
+                    _put(value, view, chosen, written)
+        return value
+
+    def _show_pattern(self, site: Site, callbacks: Sequence[Callback], value: Tensor, group: Group) -> None:
+        self._pattern_rows += group.prompts * group.length
+        for view in self._microbatch.views:
+            first = _row_index(view)[:, 0] - group.start  # of each prompt, in rows of this group
+            if not 0 <= int(first[0]) < group.prompts * group.length:
+                continue
+            prompt, offset = first // group.length, first % group.length
+            spans = [slice(int(start), int(start) + view.length) for start in offset]
+            acts = torch.stack([value[p, :, s, s] for p, s in zip(prompt.tolist(), spans, strict=True)])
+            for callback in callbacks:
+                chosen = resolve(callback.positions, view.length)
+                self._taps.call(callback, site, acts[:, :, chosen], view)
+
+
+def resolve(positions: str | Sequence[int], length: int) -> list[int]:
+    """``"all"``, ``"last"`` or positions, negative ones from the end -> indices into a prompt of this length."""
+    if isinstance(positions, str):
+        return list(range(length)) if positions == "all" else [length - 1]
+    return [position % length if -length <= position < length else _outside(position, length) for position in positions]
+
+
+def _outside(position: int, length: int) -> int:
+    raise AssertionError(f"position {position} of a prompt of {length} tokens: the request was not checked")
+
+
+def _row_index(view: View) -> Tensor:
+    """The view's rows as indices ``[b, length]``."""
+    if isinstance(view.rows, Tensor):
+        return view.rows
+    return torch.arange(view.rows.start, view.rows.stop).view(-1, view.length)
+
+
+def _sequences(value: Tensor, view: View) -> Tensor:
+    """Flat rows -> ``[b, length, *rest]``; a view of ``value`` where the rows are contiguous."""
+    if isinstance(view.rows, Tensor):
+        return value[view.rows]
+    return value[view.rows].unflatten(0, (-1, view.length))
+
+
+def _put(value: Tensor, view: View, chosen: slice | list[int], written: Tensor) -> None:
+    if isinstance(view.rows, Tensor):
+        value[view.rows[:, chosen]] = written.to(value.dtype)
+    else:
+        _sequences(value, view)[:, chosen] = written.to(value.dtype)
+
+
+def _site_of(artifact: LayerArtifact, sites: Sequence[Site]) -> Site:
+    if artifact.hook is None and len(sites) > 1:
+        raise _Wrong(f"returned artifact {artifact.name!r} without hook=, but targets several hooks")
+    found = [site for site in sites if artifact.hook in (None, site[1])]
+    if not found:
+        raise _Wrong(f"returned artifact {artifact.name!r} for hook {artifact.hook!r}, which it does not target")
+    return found[0]
+
+
+def _checked(part: WriteBack, callback: Callback, acts: Tensor) -> Tensor:
+    if callback.phase != "write":
+        raise _Wrong(f"returned WriteBack in phase {callback.phase!r}; only phase 'write' may")
+    if part.values.shape != acts.shape:
+        raise _Wrong(f"wrote back shape {list(part.values.shape)} where acts had {list(acts.shape)}")
+    return part.values
+
+
+class _Wrong(Exception):
+    """What a callback did wrong, said by us; `_blame` adds who and where."""
+
+
+class _blame(AbstractContextManager[None]):
+    """Turns whatever a callback raises into a `CallbackError` that names it, its site and the samples."""
+
+    def __init__(self, callback: Callback, method: str, site: Site, view: View | None = None) -> None:
+        self._callback, self._method, self._site, self._view = callback, method, site, view
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, FpwapError) or not isinstance(error, Exception):
+            return
+        who = f"{type(self._callback).__name__}.{self._method}"
+        ids = [] if self._view is None else self._view.sample_ids[:5].tolist()
+        samples = f", samples {ids}{'...' if self._view is not None and len(self._view.sample_ids) > 5 else ''}"
+        what = str(error) if isinstance(error, _Wrong) else f"raised {type(error).__name__}: {error}"
+        at = f"{where(self._site)}{samples if ids else ''}"
+        raise CallbackError(f"{who} at {at}: {what}") from error
+

@@ -1,0 +1,644 @@
+"""The store against a plain model of it (dicts of arrays) and an independent reader (safetensors); the journal."""
+
+import errno
+import json
+import os
+import random
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from fpwap.callbacks.base import LayerArtifact
+from fpwap.errors import CallbackError, StoreError
+from fpwap.journal import claim, difference
+from fpwap.store import Record, Store, layout
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from xxhash import xxh3_128
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.int64, torch.bool]
+POOLED = Record(3, "residual_post", None, "prompt", (4,), torch.bfloat16)
+FLAT = Record(3, "residual_post", "all", "token", (2, 3), torch.float32)
+LENGTHS = np.array([3, 1, 2, 3], np.int64)
+ROWS_OR_RAM = pytest.mark.parametrize("ram", [0, 2**20])
+
+
+def noise(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    """Any bits, NaNs of all kinds among them."""
+    count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.random.default_rng(seed).integers(0, 2 if dtype == torch.bool else 256, count, np.uint8)
+    return torch.from_numpy(raw).view(dtype).reshape(shape)
+
+
+def bits(tensor: Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def put(store: Store, record: Record, values: dict[int, Tensor], order: list[int]) -> None:
+    """Write prompts one by one in this order."""
+    for sample in order:
+        store.write(record, values[sample][None], torch.tensor([sample]))
+
+
+def filled(record: Record, lengths: np.ndarray) -> dict[int, Tensor]:
+    lead = [() if record.per == "prompt" else (int(n),) for n in lengths]
+    return {i: noise((*at, *record.rest), record.dtype, i) for i, at in enumerate(lead)}
+
+
+def complete(store: Store, record: Record, lengths: np.ndarray = LENGTHS) -> dict[int, Tensor]:
+    values = filled(record, lengths)
+    store.declare(record)
+    put(store, record, values, list(reversed(values)))
+    store.commit([record.site])
+    return values
+
+
+def finish(store: Store, lengths: np.ndarray = LENGTHS) -> None:
+    store.finish({"layers": 8}, np.arange(lengths.sum(), dtype=np.int32))
+
+
+# --- outputs --------------------------------------------------------------------------------------------------------
+
+
+@given(
+    lengths=st.lists(st.integers(1, 4), min_size=1, max_size=10),
+    records=st.lists(
+        st.builds(
+            Record,
+            layer=st.sampled_from([None, 0, 1234]),
+            hook=st.sampled_from(["logits", "q"]),
+            name=st.sampled_from([None, "a", "b-1"]),
+            per=st.sampled_from(["prompt", "token"]),
+            rest=st.sampled_from([(), (1,), (3,), (2, 2)]),
+            dtype=st.sampled_from(DTYPES),
+        ),
+        min_size=1,
+        max_size=4,
+        unique_by=lambda r: (r.layer, r.hook, r.name),
+    ),
+    ram=st.sampled_from([0, 40, 2**20]),
+    seed=st.integers(0, 2**20),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_order_of_writes_gives_the_same_files(
+    lengths: list[int], records: list[Record], ram: int, seed: int
+) -> None:
+    rng, sizes = random.Random(seed), np.array(lengths, np.int64)
+    model = {record: filled(record, sizes) for record in records}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        store = Store.open(folder, sizes, ram=ram)
+        for record in records:
+            store.declare(record)
+        calls = []
+        for record in records:
+            ids = list(range(len(sizes)))
+            rng.shuffle(ids)
+            while ids:  # some prompts of one length together, as callbacks see them
+                same = [i for i in ids if sizes[i] == sizes[ids[0]]][: rng.randint(1, 3)]
+                ids = [i for i in ids if i not in same]
+                calls.append((record, same))
+        rng.shuffle(calls)
+        for record, same in calls:
+            store.write(record, torch.stack([model[record][i] for i in same]), torch.tensor(same))
+        sites = list({record.site for record in records})
+        rng.shuffle(sites)
+        for site in sites:
+            store.commit([site])
+        finish(store, sizes)
+        store.close()
+
+        entries = {
+            (e["layer"], e["hook"], e["name"]): e for e in json.loads((folder / "manifest.json").read_text())["records"]
+        }
+        assert len(entries) == len(records)
+        for record, values in model.items():
+            entry = entries[record.layer, record.hook, record.name]
+            assert entry["bytes"] == (folder / entry["file"]).stat().st_size
+            found = safetensors.torch.load_file(folder / entry["file"])
+            every = [values[i] for i in range(len(sizes))]
+            joined = torch.stack(every) if record.per == "prompt" else torch.cat(every)
+            assert (found["values"].shape, found["values"].dtype) == (joined.shape, joined.dtype)
+            assert bits(found["values"]) == bits(joined)
+            assert entry["rows"] == len(joined)
+            if record.per == "token":
+                assert found["offsets"].tolist() == [0, *np.cumsum(sizes).tolist()]
+            digests = b"".join(xxh3_128(bits(value)).digest() for value in every)
+            assert entry["digest"] == xxh3_128(digests).hexdigest()
+
+
+def test_files_are_named_by_their_site(tmp_path: Path) -> None:
+    store = Store.open(tmp_path, LENGTHS)
+    for record in (POOLED, FLAT, Record(None, "logits", None, "prompt", (), torch.float16)):
+        complete(store, record)
+    assert sorted(path.name for path in (tmp_path / "activations").iterdir()) == [
+        "layer_003.residual_post.all.safetensors",
+        "layer_003.residual_post.safetensors",
+        "logits.safetensors",
+    ]
+    store.close()
+
+
+@ROWS_OR_RAM
+@pytest.mark.parametrize("record", [POOLED, FLAT])
+def test_a_buffer_may_be_reused_at_once(tmp_path: Path, ram: int, record: Record) -> None:
+    store = Store.open(tmp_path, LENGTHS, ram=ram)
+    store.declare(record)
+    values = filled(record, LENGTHS)
+    for sample, value in values.items():
+        buffer, ids = value[None].clone(), torch.tensor([sample])
+        store.write(record, buffer, ids)
+        buffer.fill_(7)
+        ids.fill_(0)
+    store.commit([record.site])
+    store.close()
+    every = list(values.values())
+    found = safetensors.torch.load_file(tmp_path / record.file)["values"]
+    assert bits(found) == bits(torch.stack(every) if record is POOLED else torch.cat(every))
+
+
+@ROWS_OR_RAM
+def test_values_need_not_be_contiguous(tmp_path: Path, ram: int) -> None:
+    store = Store.open(tmp_path, LENGTHS, ram=ram)
+    store.declare(POOLED)
+    values = noise((4, 4), torch.bfloat16, 0)
+    store.write(POOLED, values.t(), torch.arange(4))
+    store.commit([POOLED.site])
+    store.close()
+    assert bits(safetensors.torch.load_file(tmp_path / POOLED.file)["values"]) == bits(values.t())
+
+
+def test_an_output_has_no_name_before_it_is_committed(tmp_path: Path) -> None:
+    store = Store.open(tmp_path, LENGTHS)
+    values = filled(FLAT, LENGTHS)
+    store.declare(FLAT)
+    put(store, FLAT, values, [2, 0, 3])
+    partial = tmp_path / f"{FLAT.file}.partial"
+    assert not (tmp_path / FLAT.file).exists()
+    with safetensors.safe_open(partial, "pt") as file:  # header first, full size from the start
+        assert file.get_slice("values").get_shape() == [9, 2, 3]
+    put(store, FLAT, values, [1])
+    store.commit([FLAT.site])
+    assert not partial.exists()
+    assert not (tmp_path / "manifest.json").exists()
+    store.close()
+
+
+def test_commit_takes_the_given_sites_only(tmp_path: Path) -> None:
+    other = Record(4, "residual_post", None, "prompt", (), torch.float32)
+    store = Store.open(tmp_path, LENGTHS)
+    store.declare(other)
+    complete(store, POOLED)
+    assert (tmp_path / POOLED.file).exists()
+    assert not (tmp_path / other.file).exists()
+    store.close()
+
+
+@ROWS_OR_RAM
+@pytest.mark.parametrize("second", [[1], [0, 0], [2, 1, 3]])
+def test_a_prompt_written_twice_is_refused(tmp_path: Path, ram: int, second: list[int]) -> None:
+    store = Store.open(tmp_path, LENGTHS, ram=ram)
+    store.declare(POOLED)
+    store.write(POOLED, torch.zeros(1, 4, dtype=torch.bfloat16), torch.tensor([1]))
+    with pytest.raises(StoreError, match=r"layer 3, hook residual_post: sample [01] was written twice"):
+        store.write(POOLED, torch.zeros(len(second), 4, dtype=torch.bfloat16), torch.tensor(second))
+    store.close()
+
+
+@ROWS_OR_RAM
+def test_a_missing_prompt_is_refused_and_nothing_is_committed(tmp_path: Path, ram: int) -> None:
+    store = Store.open(tmp_path, LENGTHS, ram=ram)
+    values = filled(FLAT, LENGTHS)
+    store.declare(FLAT)
+    store.declare(POOLED)
+    put(store, FLAT, values, [0, 1, 2, 3])
+    store.write(POOLED, torch.zeros(2, 4, dtype=torch.bfloat16), torch.tensor([0, 3]))
+    with pytest.raises(StoreError, match=r"layer 3, hook residual_post: 2 prompts .* first sample 1"):
+        store.commit([POOLED.site])
+    store.close()
+    assert not (tmp_path / FLAT.file).exists()
+    assert not (tmp_path / POOLED.file).exists()
+
+
+def test_two_outputs_of_one_name_are_refused(tmp_path: Path) -> None:
+    store = Store.open(tmp_path, LENGTHS)
+    store.declare(POOLED)
+    with pytest.raises(CallbackError, match="layer 3, hook residual_post: there are two outputs"):
+        store.declare(Record(3, "residual_post", None, "token", (), torch.float32))
+    put(store, POOLED, filled(POOLED, LENGTHS), [0, 1, 2, 3])
+    store.commit([POOLED.site])
+    with pytest.raises(CallbackError, match="two outputs"):
+        store.declare(POOLED)
+    store.close()
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", "a.b", "x" * 200])
+def test_a_name_that_cannot_be_part_of_a_file_name(tmp_path: Path, name: str) -> None:
+    store = Store.open(tmp_path, LENGTHS)
+    with pytest.raises(CallbackError, match="letters, digits"):
+        store.declare(Record(0, "q", name, "prompt", (), torch.float32))
+    with pytest.raises(CallbackError, match="letters, digits"):
+        store.artifact(0, "q", LayerArtifact(name, {}))
+    store.close()
+
+
+def test_a_dtype_that_files_cannot_hold(tmp_path: Path) -> None:
+    store = Store.open(tmp_path, LENGTHS)
+    with pytest.raises(CallbackError, match="layer 0, hook q.*complex128"):
+        store.declare(Record(0, "q", None, "prompt", (), torch.complex128))
+    store.close()
+
+
+@given(
+    st.dictionaries(
+        st.text("abc", min_size=1, max_size=3),
+        st.tuples(
+            st.sampled_from([*DTYPES, torch.float64, torch.int8, torch.uint16, torch.float8_e4m3fn, torch.complex64]),
+            st.lists(st.integers(0, 3), max_size=3).map(tuple),
+        ),
+        max_size=5,
+    )
+)
+@settings(deadline=None)
+def test_a_layout_is_what_safetensors_reads(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    plan = layout(tensors, "here")
+    raw = bytearray(np.random.default_rng(0).integers(0, 2, plan.size, np.uint8).tobytes())
+    raw[: len(plan.header)] = plan.header
+    found = safetensors.torch.load(bytes(raw))
+    assert found.keys() == tensors.keys()
+    for name, (dtype, shape) in tensors.items():
+        assert (found[name].dtype, tuple(found[name].shape)) == (dtype, shape)
+        assert plan.starts[name] % dtype.itemsize == 0
+        assert bits(found[name]) == raw[plan.starts[name] :][: found[name].nbytes]
+
+
+# --- artifacts and the manifest -------------------------------------------------------------------------------------
+
+
+def test_artifacts_hold_any_tensors(tmp_path: Path) -> None:
+    base = noise((4, 6), torch.float32, 0)
+    tensors = {
+        "count": torch.tensor(7),
+        "turned": base.t(),
+        "row": base[1],
+        "flags": torch.tensor([True, False, True]),
+        "half": noise((5,), torch.bfloat16, 1),
+        "nothing": torch.empty(0, 3),
+        "learned": torch.nn.Parameter(torch.ones(2)),
+    }
+    store = Store.open(tmp_path, LENGTHS)
+    store.artifact(7, "q", LayerArtifact("basis", tensors, {"labels": ["a", 1], "pair": (1, 2)}))
+    store.artifact(None, "logits", LayerArtifact("basis", {}))
+    finish(store)
+    store.close()
+    entries = json.loads((tmp_path / "manifest.json").read_text())["artifacts"]
+    assert [entry["file"] for entry in entries] == [
+        "artifacts/layer_007.q.basis.safetensors",
+        "artifacts/logits.basis.safetensors",
+    ]
+    assert entries[0]["meta"] == {"labels": ["a", 1], "pair": [1, 2]}
+    path = tmp_path / entries[0]["file"]
+    assert entries[0]["digest"] == xxh3_128(path.read_bytes()).hexdigest()
+    found = safetensors.torch.load_file(path)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].shape == tensor.shape
+        assert bits(found[name]) == bits(tensor.detach())
+
+
+def test_artifacts_that_are_refused(tmp_path: Path) -> None:
+    store = Store.open(tmp_path, LENGTHS)
+    store.artifact(7, "q", LayerArtifact("basis", {}))
+    with pytest.raises(CallbackError, match="layer 7, hook q, name basis: there are two"):
+        store.artifact(7, "q", LayerArtifact("basis", {}))
+    with pytest.raises(CallbackError, match="must be JSON"):
+        store.artifact(8, "q", LayerArtifact("basis", {}, {"fn": print}))
+    with pytest.raises(CallbackError, match=r"complex128 \('odd'\)"):
+        store.artifact(9, "q", LayerArtifact("basis", {"odd": torch.zeros(1, dtype=torch.complex128)}))
+    store.close()
+
+
+def test_the_manifest_does_not_depend_on_the_order_of_commits(tmp_path: Path) -> None:
+    records = [Record(layer, hook, None, "prompt", (), torch.float32) for layer in (2, 11) for hook in ("q", "k")]
+    records.append(Record(None, "logits", None, "prompt", (), torch.float32))
+    manifests = []
+    for name, order in (("a", records), ("b", records[::-1])):
+        (tmp_path / name).mkdir()
+        store = Store.open(tmp_path / name, LENGTHS)
+        for record in order:
+            complete(store, record)
+            store.artifact(record.layer, record.hook, LayerArtifact("x", {"t": torch.ones(2)}))
+        finish(store)
+        store.close()
+        manifests.append((tmp_path / name / "manifest.json").read_bytes())
+    assert manifests[0] == manifests[1]
+    found = json.loads(manifests[0])
+    assert [(e["layer"], e["hook"]) for e in found["records"]] == [
+        *((2, "k"), (2, "q"), (11, "k"), (11, "q")),
+        (None, "logits"),
+    ]
+
+
+def test_names_come_after_bytes_and_the_manifest_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, names, log = set(), [], []
+
+    def fsync(fd: int, real: Callable[[int], None] = os.fsync) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{fd}"))
+        synced.add(path)
+        log.append(("fsync", path))
+        real(fd)
+
+    def rename(old: Path, new: Path, real: Callable[[Path, Path], None] = os.rename) -> None:
+        assert old in synced, f"{old} was renamed before it was on disk"
+        names.append(new)
+        log.append(("rename", new))
+        real(old, new)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    store = Store.open(tmp_path, LENGTHS)
+    complete(store, FLAT)
+    store.artifact(0, "q", LayerArtifact("basis", {}))
+    store.put_json("profile.json", {})
+    finish(store)
+    store.close()
+    assert names[-1] == tmp_path / "manifest.json"
+    everything = {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert set(names) == everything
+    for at, (kind, path) in enumerate(log):
+        if kind == "rename":
+            assert ("fsync", path.parent) in log[at:], f"the name {path} is not durable"
+
+
+# --- what a disk does -----------------------------------------------------------------------------------------------
+
+
+@ROWS_OR_RAM
+def test_short_writes_are_continued(tmp_path: Path, ram: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pwrite(fd: int, data: memoryview, at: int, real: Callable[..., int] = os.pwrite) -> int:
+        return real(fd, data[: max(1, len(data) // 2)], at)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    store = Store.open(tmp_path, LENGTHS, ram=ram)
+    pooled, flat = complete(store, POOLED), complete(store, FLAT)
+    store.artifact(0, "q", LayerArtifact("basis", {"t": torch.arange(100)}))
+    finish(store)
+    store.close()
+    found = safetensors.torch.load_file(tmp_path / POOLED.file)["values"]
+    assert bits(found) == bits(torch.stack([pooled[i] for i in range(4)]))
+    found = safetensors.torch.load_file(tmp_path / FLAT.file)["values"]
+    assert bits(found) == bits(torch.cat([flat[i] for i in range(4)]))
+    assert safetensors.torch.load_file(tmp_path / "artifacts/layer_000.q.basis.safetensors")["t"].equal(
+        torch.arange(100)
+    )
+    assert json.loads((tmp_path / "manifest.json").read_text())["layers"] == 8
+
+
+def fail(code: int, after: int = 0) -> Callable[..., Any]:
+    calls = iter(range(after + 1))
+
+    def failing(*args: Any, real: Callable[..., int] = os.pwrite) -> int:
+        if next(calls, None) in (None, after):
+            raise OSError(code, os.strerror(code))
+        return real(*args)
+
+    return failing
+
+
+@pytest.mark.parametrize("operation", ["posix_fallocate", "pwrite"])
+def test_a_full_disk_says_what_is_needed_and_what_is_free(
+    tmp_path: Path, operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store.open(tmp_path, LENGTHS)
+    monkeypatch.setattr(os, operation, fail(errno.ENOSPC))
+    size = layout(FLAT.tensors(4, 9), "").size
+    with pytest.raises(StoreError, match=rf"{FLAT.file}.partial: .*: {size} bytes needed, \d+ bytes free"):
+        store.declare(FLAT)
+    store.close()
+
+
+@pytest.mark.parametrize("after", range(6))
+def test_a_disk_that_fills_up_later(tmp_path: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "pwrite", fail(errno.ENOSPC, after))
+    store = Store.open(tmp_path, LENGTHS, ram=0)
+    with pytest.raises(StoreError, match="bytes needed"):
+        complete(store, FLAT)
+    store.close()
+    assert not (tmp_path / FLAT.file).exists()
+
+
+@pytest.mark.parametrize("operation", ["fsync", "rename", "pwrite", "open", "posix_fallocate"])
+def test_any_failing_operation_names_the_file(tmp_path: Path, operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store.open(tmp_path, LENGTHS)
+    monkeypatch.setattr(os, operation, fail(errno.EIO))
+    with pytest.raises(StoreError, match=r"layer_003.residual_post.all.safetensors.partial: Input/output error"):
+        complete(store, FLAT)
+    monkeypatch.undo()
+    store.close()
+    assert not (tmp_path / FLAT.file).exists()
+
+
+def test_a_file_system_that_cannot_reserve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "posix_fallocate", fail(errno.EOPNOTSUPP))
+    store = Store.open(tmp_path, LENGTHS)
+    values = complete(store, POOLED)
+    store.close()
+    found = safetensors.torch.load_file(tmp_path / POOLED.file)["values"]
+    assert bits(found) == bits(torch.stack([values[i] for i in range(4)]))
+
+
+def test_space_is_reserved_at_once(tmp_path: Path) -> None:
+    record = Record(0, "q", None, "token", (2**16,), torch.float32)
+    store = Store.open(tmp_path, LENGTHS)
+    store.declare(record)
+    status = (tmp_path / f"{record.file}.partial").stat()
+    assert status.st_blocks * 512 >= status.st_size > 9 * 2**18
+    store.close()
+
+
+def test_close_leaves_nothing_open_also_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    store = Store.open(tmp_path, LENGTHS)
+    store.declare(POOLED)
+    monkeypatch.setattr(os, "pwrite", fail(errno.ENOSPC))
+    with pytest.raises(StoreError):
+        store.declare(FLAT)
+    with pytest.raises(StoreError):
+        store.artifact(0, "q", LayerArtifact("basis", {}))
+    store.close()
+    store.close()
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_folder_is_written_by_one_run_at_a_time(tmp_path: Path) -> None:
+    assert claim(tmp_path, {"a": 1}) == "new"
+    store = Store.open(tmp_path, LENGTHS)
+    store.declare(POOLED)
+    with pytest.raises(StoreError, match="another run is writing"):
+        Store.open(tmp_path, LENGTHS)
+    with pytest.raises(StoreError, match="another run is writing"):
+        claim(tmp_path, {"a": 1})
+    assert (tmp_path / f"{POOLED.file}.partial").exists()
+    store.close()
+    assert claim(tmp_path, {"a": 1}) == "new"
+    Store.open(tmp_path, LENGTHS).close()
+
+
+# --- the journal ----------------------------------------------------------------------------------------------------
+
+IDENTITY = {"model": {"id": "m", "shards": [1, 2]}, "callbacks": [{"name": "A"}, {"name": "B"}], "seq_len": None}
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def interrupted(folder: Path) -> None:
+    """What a killed run leaves: committed, partial and temporary files, the residual stream."""
+    assert claim(folder, IDENTITY) == "new"
+    store = Store.open(folder, LENGTHS)
+    complete(store, POOLED)
+    store.declare(FLAT)
+    store.artifact(None, "logits", LayerArtifact("basis", {}))
+    store.put_json("profile.json", {})
+    store.close()
+    (folder / "scratch").mkdir()
+    for name in ("scratch/residual.a", "manifest.json.partial", "prompts.safetensors.partial", "run.json.tmp"):
+        (folder / name).write_bytes(b"x")
+
+
+def test_a_new_folder_is_made_and_an_empty_one_taken(tmp_path: Path) -> None:
+    for folder in (tmp_path / "deep" / "down", tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        assert claim(folder, IDENTITY) == "new"
+        assert listing(folder) == ["run.json"]
+        assert json.loads((folder / "run.json").read_text())["identity"] == IDENTITY
+
+
+def test_an_interrupted_run_is_begun_again(tmp_path: Path) -> None:
+    interrupted(tmp_path)
+    assert len(listing(tmp_path)) > 9
+    assert claim(tmp_path, IDENTITY) == "new"
+    assert listing(tmp_path) == ["run.json"]
+
+
+def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
+    claim(tmp_path, IDENTITY)
+    store = Store.open(tmp_path, LENGTHS)
+    complete(store, POOLED)
+    finish(store)
+    store.close()
+    before = listing(tmp_path)
+    assert claim(tmp_path, {**IDENTITY}) == "finished"
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_another_identity_is_refused_with_the_difference(tmp_path: Path, finished: bool) -> None:
+    claim(tmp_path, IDENTITY)
+    if finished:
+        (tmp_path / "manifest.json").write_text("{}")
+    other = {**IDENTITY, "seq_len": 256, "model": {"id": "n", "shards": [1, 2]}}
+    with pytest.raises(StoreError) as caught:
+        claim(tmp_path, other)
+    lines = str(caught.value).splitlines()
+    assert "out=" in lines[0]
+    assert "remove" in lines[0]
+    assert [line.split() for line in lines[1:]] == [
+        ["key", "stored", "now"],
+        ["model.id", "m", "n"],
+        ["seq_len", "null", "256"],
+    ]
+    assert "run.json" in listing(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("notes.txt", "activations/mine.safetensors", "activations/layer_003.q.safetensors.bak", "artifacts/x.npy"),
+        *("scratch/thesis.tex", "mine/data.bin", "activations/deep/layer_003.q.safetensors"),
+    ],
+)
+def test_files_that_are_not_ours_are_never_removed(tmp_path: Path, name: str) -> None:
+    interrupted(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    before = listing(tmp_path)
+    with pytest.raises(StoreError, match="which no run of fpwap left there"):
+        claim(tmp_path, IDENTITY)
+    assert listing(tmp_path) == before
+
+
+def test_links_are_not_followed(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "layer_000.q.safetensors").write_text("mine")
+    for name, target in (("artifacts", precious), ("profile.json", precious / "layer_000.q.safetensors")):
+        folder = tmp_path / f"out_{name}"
+        claim(folder, IDENTITY)
+        (folder / name).symlink_to(target)
+        with pytest.raises(StoreError, match=name):
+            claim(folder, IDENTITY)
+    assert listing(precious) == ["layer_000.q.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["activations", "manifest.json", "x"])
+def test_a_folder_without_a_record_must_be_empty(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(StoreError, match=name):
+        claim(tmp_path, IDENTITY)
+    assert listing(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"format": "x"}', "\x80"])
+def test_a_record_that_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(text, encoding="latin1")
+    with pytest.raises(StoreError, match="run.json"):
+        claim(tmp_path, IDENTITY)
+
+
+def test_a_record_of_a_later_format(tmp_path: Path) -> None:
+    claim(tmp_path, IDENTITY)
+    record = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps({**record, "format_version": 2}))
+    with pytest.raises(StoreError, match="format"):
+        claim(tmp_path, IDENTITY)
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(StoreError, match="out"):
+        claim(tmp_path / "out", IDENTITY)
+
+
+def test_difference_names_the_leaves() -> None:
+    now = {"model": {"id": "m", "shards": [1, 3]}, "callbacks": [{"name": "A"}], "seq_len": None, "more": True}
+    assert difference(IDENTITY, now) == [
+        ("model.shards", [1, 2], [1, 3]),
+        ("callbacks.1.name", "B", "(absent)"),
+        ("more", "(absent)", True),
+    ]
+    assert difference({"a": 1}, {"a": True}) == [("a", 1, True)]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text("ab", min_size=1, max_size=2), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(stored=st.dictionaries(st.text("ab", min_size=1, max_size=2), JSON), now=JSON.map(lambda value: {"a": value}))
+def test_no_difference_means_equal(stored: dict[str, Any], now: dict[str, Any]) -> None:
+    assert difference(stored, stored) == []
+    same = json.dumps(stored, sort_keys=True) == json.dumps(now, sort_keys=True)
+    assert (difference(stored, now) == []) == same
