@@ -1,13 +1,14 @@
 """A microbatch: its tokens, where its sequences lie, and how its matrices are multiplied.
 
 Everything in a block but attention sees flat rows ``[rows, width]``, one row a token. `Batch` is the only way from rows
-to sequences: neighbouring prompts of one length form a `Group`, contiguous rows that reshape to ``[prompts, length, ...]``
-without a copy.
+to sequences: neighbouring prompts of one length form a `Group`, contiguous rows that reshape to ``[prompts, length,
+...]`` without a copy.
 
 A batch runs its row-wise maths in one of two ways:
 
 * **natural height** (``height=None``, padded mode): every operation on all rows at once, exactly as HF does it;
-* **fixed height** (packed mode): in tiles of ``height`` rows. The bits of a GEMM row depend on the number of rows of the
+* **fixed height** (packed mode): in tiles of ``height`` rows. The bits of a GEMM row depend on the number of rows of
+the
   call, but at one number neither on the row's place nor on the other rows; so at fixed height a prompt's bits depend on
   the prompt alone. The rows are filled up to whole tiles, ``rows >= tokens``; what the fill rows hold is never read.
 
@@ -20,6 +21,7 @@ from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 Attention = Literal["sdpa", "eager"]
@@ -51,7 +53,7 @@ class Group:
 
     def sequences(self, flat: Tensor) -> Tensor:
         """``[rows, *rest]`` of the whole batch -> this group's ``[prompts, length, *rest]``, a view."""
-        return flat[self.rows].unflatten(0, (self.prompts, self.length))
+        return rearrange(flat[self.rows], "(b s) ... -> b s ...", b=self.prompts)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        return self.groups[-1].rows.stop
+        last = self.groups[-1]
+        return last.start + last.prompts * last.length
 
     def once(self, key: Hashable, build: Callable[[], T], *, shared: bool = False) -> T:
         """What ``build`` returns, built at the first call with this key and kept for this batch (or for the sweep)."""
@@ -86,6 +89,7 @@ class Batch:
     def tiles(self, rows: int) -> Iterator[slice]:
         """The slices that row-wise maths on ``rows`` rows is cut into: one at natural height."""
         height = self.height or rows
+        assert rows % height == 0, f"{rows} rows are not whole tiles of {height}"
         return (slice(start, start + height) for start in range(0, rows, height))
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -109,17 +113,23 @@ class Batch:
                 torch.addmm(bias, x[tile], weight, out=out[tile])
         return out
 
-    def pointwise(self, fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """``fn`` on every element of ``x [rows, width]``, which may be overwritten.
+    def rows(self, fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """``fn`` on ``x [rows, width]``, tile by tile; fn maps ``[n, width]`` to ``[n, any]``, each row for itself.
 
-        For functions whose vectorised and scalar code differ in the last bit (silu, gelu, sigmoid, rsqrt): which one an
-        element gets depends on the tensor's size and on the threads, so these too run tile by tile.
+        What a tile passes through stays in the cache. And functions whose vectorised and scalar code differ in the last
+        bit (silu, gelu, sigmoid) must run by tiles: which one an element gets depends on the tensor's size and on the
+        threads.
         """
-        if self.height is None:
-            return fn(x)
+        out: Tensor | None = None
         for tile in self.tiles(len(x)):
-            x[tile] = fn(x[tile])
-        return x
+            part = fn(x[tile])
+            if len(part) == len(x):
+                return part
+            if out is None:
+                out = part.new_empty(len(x), *part.shape[1:])
+            out[tile] = part
+        assert out is not None
+        return out
 
 
 def fixed_height(minimum: int, widths: tuple[int, ...], threads: int) -> int:

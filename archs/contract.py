@@ -73,20 +73,20 @@ class Keys:
             raise ArchError(f"{self._where}: {key!r} must be {kind}, not {value!r}")
         return value
 
-    def int(self, key: str, default: int | None = None) -> int:
-        """A size: an integer from 1 to 2**31 - 1."""
+    def size(self, key: str, default: int | None = None) -> int:
+        """An integer from 1 to 2**31 - 1."""
         value: int = self._checked(key, default, (int,), "a positive integer")
         if not 1 <= value <= LARGEST:
             raise ArchError(f"{self._where}: {key!r} must be a positive integer below 2**31, not {value!r}")
         return value
 
-    def float(self, key: str, default: float | None = None) -> float:
+    def number(self, key: str, default: float | None = None) -> float:
         value = float(self._checked(key, default, (int, float), "a number"))
         if not math.isfinite(value):
             raise ArchError(f"{self._where}: {key!r} must be a finite number, not {value!r}")
         return value
 
-    def bool(self, key: str, default: bool) -> bool:
+    def flag(self, key: str, default: bool) -> bool:
         value: bool = self._checked(key, default, (bool,), "true or false")
         return value
 
@@ -165,10 +165,16 @@ class Tap(Protocol):
         ...
 
 
-def no_tap(hook: str, value: Tensor, group: Group | None = None) -> Tensor:
-    """The tap of a forward pass that nobody watches."""
-    return value
+class _NoTap:
+    def __call__(self, hook: str, value: Tensor, group: Group | None = None) -> Tensor:
+        return value
 
+    def wants(self, hook: str) -> bool:
+        return False
+
+
+no_tap: Tap = _NoTap()
+"""The tap of a forward pass that nobody watches."""
 
 # --- table ----------------------------------------------------------------------------------------------------------
 
@@ -198,7 +204,7 @@ class Family:
     embedding, head: the names of the two tensors that may be tied. ignored: patterns (re.fullmatch) below the prefix of
         tensors that may lie in a checkpoint and are not read.
     attention: the implementations HF has for the family, its default first.
-    activations: config words whose values are the widths of the tensors that `Batch.pointwise` sees.
+    activations: config words whose values are the widths of the tensors that activation functions see.
     """
 
     name: str

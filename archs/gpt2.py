@@ -5,8 +5,8 @@
     residual_mid --+-- ln_2 -- fc -- gelu -- proj --(+)-- residual_post
                    '-------------------------------------'
 
-Matrices are stored ``[in, out]``. Positions are learned: a prompt longer than the table is refused, and a wrong position
-is not a rounding error but another model. Does not know cross-attention or the multiple-choice heads.
+Matrices are stored ``[in, out]``. Positions are learned: a prompt longer than the table is refused, and a wrong
+position is not a rounding error but another model. Does not know cross-attention or the multiple-choice heads.
 """
 
 from collections.abc import Mapping
@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
 from .batch import Batch
 from .contract import RESIDUAL_HOOKS, SEQUENTIAL_HOOKS, ArchError, Family, Keys, Tap, source
-from .ops import ACTIVATIONS, attention, heads, layer_norm
+from .ops import ACTIVATIONS, attention, heads, layer_norm, mlp
 
 # --- config ---------------------------------------------------------------------------------------------------------
 
@@ -44,22 +45,22 @@ class Config:
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
         keys = Keys(hf)
-        hidden, n_heads = keys.int("n_embd", 768), keys.int("n_head", 12)
+        hidden, n_heads = keys.size("n_embd", 768), keys.size("n_head", 12)
         if hidden % n_heads:
             raise ArchError(f"n_embd {hidden} is not a multiple of n_head {n_heads}")
         config = cls(
-            layers=keys.int("n_layer", 12),
+            layers=keys.size("n_layer", 12),
             hidden=hidden,
             heads=n_heads,
-            mlp_width=keys.int("n_inner", 4 * hidden),
-            vocab=keys.int("vocab_size", 50257),
-            max_positions=keys.int("n_positions", 1024),
+            mlp_width=keys.size("n_inner", 4 * hidden),
+            vocab=keys.size("vocab_size", 50257),
+            max_positions=keys.size("n_positions", 1024),
             act=keys.choice("activation_function", "gelu_new", ACTIVATIONS),
-            eps=keys.float("layer_norm_epsilon", 1e-5),
-            scale_by_width=keys.bool("scale_attn_weights", True),
-            scale_by_layer=keys.bool("scale_attn_by_inverse_layer_idx", False),
-            upcast_scores=keys.bool("reorder_and_upcast_attn", False),
-            tied=keys.bool("tie_word_embeddings", True),
+            eps=keys.number("layer_norm_epsilon", 1e-5),
+            scale_by_width=keys.flag("scale_attn_weights", True),
+            scale_by_layer=keys.flag("scale_attn_by_inverse_layer_idx", False),
+            upcast_scores=keys.flag("reorder_and_upcast_attn", False),
+            tied=keys.flag("tie_word_embeddings", True),
         )
         keys.finish(HARMLESS)
         return config
@@ -128,23 +129,26 @@ def block(x: Tensor, w: Layer, c: Config, layer: int, batch: Batch, tap: Tap) ->
     x = tap("residual_pre", x)
 
     a = affine(layer_norm(x, w.attn_norm, w.attn_norm_bias, c.eps), w.qkv, w.qkv_bias)
-    q, k, v = (heads(part, c.hidden // c.heads) for part in a.split(c.hidden, dim=1))
+    q, k, v = (heads(part, c.hidden // c.heads) for part in torch.split(a, c.hidden, dim=1))
     q, k, v = tap("q", q), tap("k", k), tap("v", v)
     q, k = tap("q_rot", q), tap("k_rot", k)
     eager = upcast_probabilities if c.upcast_scores else None
     z = tap("z", attention(q, k, v, batch, tap, c.scale(layer), eager))
     x = tap("residual_mid", x + tap("attn_out", affine(z.flatten(1), w.o, w.o_bias)))
 
-    m = layer_norm(x, w.mlp_norm, w.mlp_norm_bias, c.eps)
-    m = tap("mlp_hidden", batch.pointwise(ACTIVATIONS[c.act], affine(m, w.fc, w.fc_bias)))
-    return tap("residual_post", x + tap("mlp_out", affine(m, w.down, w.down_bias)))
+    def hidden(m: Tensor) -> Tensor:
+        return ACTIVATIONS[c.act](affine(layer_norm(m, w.mlp_norm, w.mlp_norm_bias, c.eps), w.fc, w.fc_bias))
+
+    m = mlp(x, batch, tap, hidden, lambda m: affine(m, w.down, w.down_bias))
+    return tap("residual_post", x + tap("mlp_out", m))
 
 
 def upcast_probabilities(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
     """``reorder_and_upcast_attn``: scores in fp32, scaled within the product; only eager attention does this."""
-    flat_q, flat_k = q.float().flatten(0, 1), k.float().flatten(0, 1)
+    flat_q, flat_kt = q.flatten(0, 1).float(), k.transpose(2, 3).flatten(0, 1).float()  # bits depend on their layout
     out = flat_q.new_empty(len(flat_q), q.shape[2], k.shape[2])
-    scores = torch.baddbmm(out, flat_q, flat_k.transpose(1, 2), beta=0, alpha=scale).unflatten(0, q.shape[:2])
+    scores = torch.baddbmm(out, flat_q, flat_kt, beta=0, alpha=scale)
+    scores = rearrange(scores, "(b heads) q k -> b heads q k", b=len(q))
     return F.softmax(scores + mask, dim=-1).to(q.dtype)
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .batch import Batch
 from .contract import RESIDUAL_HOOKS, SEQUENTIAL_HOOKS, ArchError, Family, Keys, Tap, source
-from .ops import ACTIVATIONS, attention, heads, rms_norm
+from .ops import ACTIVATIONS, attention, heads, mlp, rms_norm
 from .rope import Rope, rotary, rotate
 
 # --- config ---------------------------------------------------------------------------------------------------------
@@ -45,26 +45,26 @@ class Config:
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
         keys = Keys(hf)
-        hidden, n_heads = keys.int("hidden_size"), keys.int("num_attention_heads")
-        head_dim, kv_heads = keys.int("head_dim", hidden // n_heads), keys.int("num_key_value_heads", n_heads)
+        hidden, n_heads = keys.size("hidden_size"), keys.size("num_attention_heads")
+        head_dim, kv_heads = keys.size("head_dim", hidden // n_heads), keys.size("num_key_value_heads", n_heads)
         if n_heads % kv_heads:
             raise ArchError(f"num_attention_heads {n_heads} is not a multiple of num_key_value_heads {kv_heads}")
         if head_dim % 2:
             raise ArchError(f"head_dim {head_dim} is odd: rotary embedding needs pairs")
         config = cls(
-            layers=keys.int("num_hidden_layers"),
+            layers=keys.size("num_hidden_layers"),
             hidden=hidden,
             heads=n_heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            mlp_width=keys.int("intermediate_size"),
-            vocab=keys.int("vocab_size"),
+            mlp_width=keys.size("intermediate_size"),
+            vocab=keys.size("vocab_size"),
             act=keys.choice("hidden_act", "silu", ACTIVATIONS),
-            eps=keys.float("rms_norm_eps", 1e-6),
-            rope=Rope.from_hf(keys, head_dim, keys.int("max_position_embeddings", 2048)),
-            attention_bias=keys.bool("attention_bias", False),
-            mlp_bias=keys.bool("mlp_bias", False),
-            tied=keys.bool("tie_word_embeddings", False),
+            eps=keys.number("rms_norm_eps", 1e-6),
+            rope=Rope.from_hf(keys, head_dim, keys.size("max_position_embeddings", 2048)),
+            attention_bias=keys.flag("attention_bias", False),
+            mlp_bias=keys.flag("mlp_bias", False),
+            tied=keys.flag("tie_word_embeddings", False),
         )
         keys.finish({"attention_dropout"})
         return config
@@ -138,9 +138,12 @@ def block(x: Tensor, w: Layer, c: Config, layer: int, batch: Batch, tap: Tap) ->
     z = tap("z", attention(q, k, v, batch, tap, scale=c.head_dim**-0.5))
     x = tap("residual_mid", x + tap("attn_out", linear(z.flatten(1), w.o, w.o_bias)))
 
-    m = rms_norm(x, w.mlp_norm, c.eps)
-    m = batch.pointwise(ACTIVATIONS[c.act], linear(m, w.gate, w.gate_bias)) * linear(m, w.up, w.up_bias)
-    return tap("residual_post", x + tap("mlp_out", linear(tap("mlp_hidden", m), w.down, w.down_bias)))
+    def hidden(m: Tensor) -> Tensor:
+        m = rms_norm(m, w.mlp_norm, c.eps)
+        return ACTIVATIONS[c.act](linear(m, w.gate, w.gate_bias)).mul_(linear(m, w.up, w.up_bias))
+
+    m = mlp(x, batch, tap, hidden, lambda m: linear(m, w.down, w.down_bias))
+    return tap("residual_post", x + tap("mlp_out", m))
 
 
 def final_norm(x: Tensor, w: Norm, c: Config, batch: Batch) -> Tensor:

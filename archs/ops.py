@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from .batch import Batch, Group
@@ -50,6 +51,22 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 """``hidden_act`` of a config -> what transformers' ``ACT2FN`` computes under that name."""
 
+# --- the MLP ---------------------------------------------------------------------------------------------------------
+
+
+def mlp(
+    x: Tensor, batch: Batch, tap: Tap, hidden: Callable[[Tensor], Tensor], out: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """``out(hidden(x))`` for ``x [rows, width]``, with ``mlp_hidden`` shown between the two; both work row by row.
+
+    Unless somebody looks, a tile of rows goes through both at once, so that the wide tensor in the middle never exists
+    as a whole. The bits are the same.
+    """
+    if tap.wants("mlp_hidden"):
+        return batch.rows(out, tap("mlp_hidden", batch.rows(hidden, x)))
+    return batch.rows(lambda tile: out(hidden(tile)), x)
+
+
 # --- attention ------------------------------------------------------------------------------------------------------
 
 Probabilities = Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -58,7 +75,7 @@ Probabilities = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 def heads(x: Tensor, width: int) -> Tensor:
     """``[rows, heads * width] -> [rows, heads, width]``, a view."""
-    return x.unflatten(-1, (-1, width))
+    return rearrange(x, "rows (heads width) -> rows heads width", width=width)
 
 
 def attention(
@@ -106,9 +123,12 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) ->
 
 
 def _repeat(x: Tensor, like: Tensor) -> Tensor:
-    """``[b, kv_heads, s, d] -> [b, heads, s, d]``: each kv head once for every query head of its group."""
+    """``[b, kv_heads, s, d] -> [b, heads, s, d]``: each kv head once for every query head of its group.
+
+    With one kv head this is a view without a copy, as in HF: fp16 products have other bits on a copy.
+    """
     times = like.shape[1] // x.shape[1]
-    return x if times == 1 else x.repeat_interleave(times, dim=1)
+    return x[:, :, None].expand(-1, -1, times, -1, -1).flatten(1, 2)
 
 
 def _visible(batch: Batch, group: Group) -> Tensor:
@@ -133,4 +153,3 @@ def _additive(batch: Batch, group: Group, dtype: torch.dtype) -> Tensor:
     if group.mask is None:
         return batch.once(("additive", group.length, dtype), build, shared=True)
     return batch.once(("additive", group.start, dtype), build)
-

@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al., 2021): frequencies, tables, rotation.
 
-The scaled kinds are those of transformers' ``modeling_rope_utils``: linear (position interpolation), dynamic (NTK by the
-length of the sequence), yarn (Peng et al., 2023) and llama3. All frequencies are computed on the CPU in fp32: an
+The scaled kinds are those of transformers' ``modeling_rope_utils``: linear (position interpolation), dynamic (NTK by
+the length of the sequence), yarn (Peng et al., 2023) and llama3. All frequencies are computed on the CPU in fp32: an
 accelerator's differ in the last bit. Knows neither families nor files.
 """
 
@@ -41,24 +41,24 @@ class Rope:
         scaled = keys.nested("rope_scaling" if "rope_scaling" in keys else "rope_parameters")
         for name in ("rope_scaling", "rope_parameters"):
             keys.get(name)
-        theta = scaled.float("rope_theta", keys.float("rope_theta", theta))
+        theta = scaled.number("rope_theta", keys.number("rope_theta", theta))
         kind = scaled.choice("rope_type" if "rope_type" in scaled else "type", "default", KINDS)
         scaled.get("type")
-        if scaled.float("partial_rotary_factor", keys.float("partial_rotary_factor", 1.0)) != 1.0:
+        if scaled.number("partial_rotary_factor", keys.number("partial_rotary_factor", 1.0)) != 1.0:
             raise ArchError("partial_rotary_factor is not supported by this family")
         rope = cls(kind=kind, dim=dim, theta=theta, max_positions=max_positions)
         original = keys.get("original_max_position_embeddings")
         if kind in ("linear", "dynamic"):
-            rope = dataclasses.replace(rope, factor=scaled.float("factor"))
+            rope = dataclasses.replace(rope, factor=scaled.number("factor"))
         if kind in ("llama3", "yarn"):
-            stored = scaled.int("original_max_position_embeddings", max_positions)
+            stored = scaled.size("original_max_position_embeddings", max_positions)
             rope = dataclasses.replace(rope, original=original or stored)
         if kind == "llama3":
             rope = dataclasses.replace(
                 rope,
-                factor=scaled.float("factor"),
-                low_freq_factor=scaled.float("low_freq_factor"),
-                high_freq_factor=scaled.float("high_freq_factor"),
+                factor=scaled.number("factor"),
+                low_freq_factor=scaled.number("low_freq_factor"),
+                high_freq_factor=scaled.number("high_freq_factor"),
             )
         if kind == "yarn":
             rope = rope._yarn(scaled)
@@ -66,7 +66,7 @@ class Rope:
         return rope
 
     def _yarn(self, scaled: Keys) -> "Rope":
-        factor = scaled.float("factor", self.max_positions / self.original)
+        factor = scaled.number("factor", self.max_positions / self.original)
 
         def mscale(weight: float) -> float:
             return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
@@ -75,10 +75,10 @@ class Rope:
         return dataclasses.replace(
             self,
             factor=factor,
-            attention_factor=scaled.float("attention_factor", mscale(num) / mscale(den) if num and den else mscale(1)),
+            attention_factor=scaled.number("attention_factor", mscale(num) / mscale(den) if num and den else mscale(1)),
             beta_fast=scaled.get("beta_fast") or 32.0,
             beta_slow=scaled.get("beta_slow") or 1.0,
-            truncate=scaled.bool("truncate", True),
+            truncate=scaled.flag("truncate", True),
         )
 
     def inv_freq(self, longest: int) -> Tensor:

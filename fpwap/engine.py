@@ -89,26 +89,27 @@ def _visit(
 ) -> None:
     """One microbatch through the stages of one group."""
     plan, recorder = parts.plan, parts.recorder
-    with recorder.span("embed", stages[0].label):
+    with recorder.span("residual", stages[0].label):
         batch = parts.table.batch(
             microbatch, device=plan.device, height=plan.height, attention=plan.attention, shared=shared
         )
-    x = torch.zeros(len(batch.ids), parts.config.hidden, dtype=plan.dtype, device=plan.device)
-    if stages[0].kind != "embed":
-        with recorder.span("residual", stages[0].label):
-            parts.residual.read(microbatch.rows, x[: batch.tokens])
-            recorder.count("residual_read", batch.tokens * x[0].nbytes)
+        x = torch.zeros(len(batch.ids), parts.config.hidden, dtype=plan.dtype, device=plan.device)
+        real = x[: batch.tokens]
+        if stages[0].kind != "embed":
+            parts.residual.read(microbatch.rows, real)
+            recorder.count("residual_read", real.nbytes)
     try:
         for stage in stages:
             with recorder.span("forward", stage.label):
                 x = _forward(parts, stage, loaded[stage], x, batch, microbatch)
-                parts.taps.check_finite(x[: batch.tokens], stage, microbatch)
+                real = x[: batch.tokens]
+                parts.taps.check_finite(real, stage, microbatch)
     except Reached:
         return
     if keep:
         with recorder.span("residual", stages[-1].label):
-            parts.residual.write(microbatch.rows, x[: batch.tokens])
-            recorder.count("residual_written", batch.tokens * x[0].nbytes)
+            parts.residual.write(microbatch.rows, real)
+            recorder.count("residual_written", real.nbytes)
 
 
 def _forward(parts: Parts, stage: Stage, w: Any, x: Tensor, batch: Batch, microbatch: Microbatch) -> Tensor:

@@ -1,8 +1,8 @@
 """Request and machine -> one frozen `Plan`: what will be computed, in which order, where it lies, what it costs.
 
-Budgets choose tiers, group sizes and waves, never the partition into microbatches: the same request gives the same bytes
-whatever memory is free. The plan is made from headers and lengths alone; it reads no tensor and allocates nothing. It is
-the only value that all parts share.
+Budgets choose tiers, group sizes and waves, never the partition into microbatches: the same request gives the same
+bytes whatever memory is free. The plan is made from headers and lengths alone; it reads no tensor and allocates
+nothing. It is the only value that all parts share.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from archs.batch import fixed_height
+from archs.batch import Attention, fixed_height
 
 from . import machine
 from .callbacks.base import Site
@@ -57,7 +57,7 @@ class Plan:
     last: str
     dtype: torch.dtype
     device: torch.device
-    attention: str
+    attention: Attention
     batching: str
     threads: int
     prompts: int

@@ -161,7 +161,7 @@ def _stored_dtype(model: Model) -> torch.dtype:
     if named is None:
         return model.checkpoint.first_floating() or torch.bfloat16
     dtype = getattr(torch, str(named).removeprefix("torch."), None)
-    if dtype not in COMPUTED:
+    if not isinstance(dtype, torch.dtype) or dtype not in COMPUTED:
         raise ModelError(f"{model.files.name}: config.json names the dtype {named!r}; pass dtype='bfloat16' or another")
     return dtype
 

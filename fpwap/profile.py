@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import Any
 
-PHASES = ("plan", "load", "embed", "forward", "callback", "write", "residual", "commit", "finish")
-"""What a moment of `run()` can be spent on: planning, waiting for weights, embedding ids, a block's maths, callbacks,
-output files, the residual store, committing a layer, closing the run."""
+PHASES = ("plan", "load", "residual", "forward", "callback", "write", "commit", "finish")
+"""What a moment of `run()` can be spent on: planning, waiting for weights, fetching and keeping a microbatch's residual
+rows, a stage's maths, callbacks, output files, committing a layer, opening and closing the parts."""
 
 
 class Recorder:

@@ -175,7 +175,9 @@ def _entries(where: str, key: str, value: Any) -> list[int]:
         value = [_plain(entry) for entry in value]
         for place, entry in enumerate(value):
             if isinstance(entry, list | tuple):
-                raise DatasetError(f"{where}: {key} is nested, with {len(value)} rows; pass each as a sample of its own")
+                raise DatasetError(
+                    f"{where}: {key} is nested, with {len(value)} rows; pass each as a sample of its own"
+                )
             if type(entry) not in ENTRIES[key]:
                 raise DatasetError(f"{where}: {key}[{place}] is {_shown(entry)}; pass integers")
     return value if isinstance(value, list) else list(value)

@@ -1,8 +1,8 @@
 """The residual stream of every token between two layer groups: in RAM, or in two files on disk.
 
 `read` and `write` take slices of the token table's rows. On disk one file is read while the other is written, and
-`turn` exchanges them, so that a group never overwrites what it was made from. The store can hold several named per-token
-tensors; today there is one, "residual". It does not know layers, prompts or why a row is where it is.
+`turn` exchanges them, so that a group never overwrites what it was made from. The store can hold several named
+per-token tensors; today there is one, "residual". It does not know layers, prompts or why a row is where it is.
 """
 
 import os
@@ -78,7 +78,7 @@ class OnDisk:
     def read(self, rows: slice, out: Tensor, name: str = "residual") -> None:
         fd, size = self._files[name, self._reading], self._widths[name] * self._dtype.itemsize
         host = out if out.device.type == "cpu" else torch.empty(out.shape, dtype=out.dtype)
-        view = memoryview(host.view(torch.uint8).numpy()).cast("B")
+        view = host.view(torch.uint8).numpy().data.cast("B")
         done = 0
         while done < len(view):
             got = os.preadv(fd, [view[done:]], rows.start * size + done)
@@ -90,7 +90,7 @@ class OnDisk:
 
     def write(self, rows: slice, values: Tensor, name: str = "residual") -> None:
         fd, size = self._files[name, 1 - self._reading], self._widths[name] * self._dtype.itemsize
-        view = memoryview(values.cpu().contiguous().view(torch.uint8).numpy()).cast("B")
+        view = values.cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
         done = 0
         try:
             while done < len(view):

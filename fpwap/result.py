@@ -117,7 +117,8 @@ class _Artifacts(Mapping[_Key, Artifact]):
             raw = path.read_bytes()
         if xxh3_128_hexdigest(raw) != entry["digest"]:
             raise StoreError(f"{path} is not what the run wrote: its digest differs")
-        return Artifact(*key, safetensors.torch.load(raw), entry["meta"])
+        tensors = dict(sorted(safetensors.torch.load(raw).items()))
+        return Artifact(*key, tensors, entry["meta"])
 
     def __iter__(self) -> Iterator[_Key]:
         return iter(self._entries)

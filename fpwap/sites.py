@@ -1,7 +1,7 @@
 """What callbacks ask for, as sites: resolved, checked and ordered before anything is read.
 
-A site is a (layer, hook) pair; model-level hooks have no layer. Everything that is wrong with a request and can be known
-from the config and the lengths of the prompts is a `RequestError` here, and not a surprise after an hour.
+A site is a (layer, hook) pair; model-level hooks have no layer. Everything that is wrong with a request and can be
+known from the config and the lengths of the prompts is a `RequestError` here, and not a surprise after an hour.
 """
 
 from collections.abc import Mapping, Sequence

@@ -49,13 +49,14 @@ class Sweep:
 
     revision: of a hub model. dtype: a torch dtype or its name; "auto" is the checkpoint's own. device: "auto" takes the
     accelerator if there is one. out: the result's folder; None is a temporary one, gone with the result.
-    batching: "packed" (no padding; a prompt's bits depend on the prompt alone) or "padded" (bit-equal to Hugging Face on
-    the same padded batches, ``microbatch_size`` rows in dataset order). microbatch_tokens: size of a packed microbatch.
-    residual: where the residual stream lives between layers. attn_implementation: "sdpa", "eager", None: the family's
-    default. layers_per_visit: how many layers are resident together. progress: a bar, nothing, or a callable that gets
-    `ProgressEvent`s.
+    batching: "packed" (no padding; a prompt's bits depend on the prompt alone) or "padded" (bit-equal to Hugging Face
+    on the same padded batches, ``microbatch_size`` rows in dataset order). microbatch_tokens: size of a packed
+    microbatch. residual: where the residual stream lives between layers. attn_implementation: "sdpa", "eager", None:
+    the family's default. layers_per_visit: how many layers are resident together. progress: a bar, nothing, or a
+    callable that gets `ProgressEvent`s.
 
-    Raises `RequestError` for arguments that are wrong in themselves; `preflight` and `run` raise the other `FpwapError`s.
+    Raises `RequestError` for arguments that are wrong in themselves; `preflight` and `run` raise the other
+    `FpwapError`s.
     """
 
     def __init__(

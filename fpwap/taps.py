@@ -1,8 +1,8 @@
 """The sites that somebody wants, and the callbacks on them, as one `Tap` for each visit of a stage.
 
-A block shows flat rows; a callback sees ``[b, s, ...]``: b prompts of one length s, no padding. Between the two stand the
-microbatch's views. At one site all "read" callbacks come first, then "write" in order of registration, each seeing the
-one before, then "read_after_write". Emits go to `write`, values written back go on into the block.
+A block shows flat rows; a callback sees ``[b, s, ...]``: b prompts of one length s, no padding. Between the two stand
+the microbatch's views. At one site all "read" callbacks come first, then "write" in order of registration, each seeing
+the one before, then "read_after_write". Emits go to `write`, values written back go on into the block.
 
 Also here: the end of a sweep (the last wanted site raises `Reached`, nothing past it is computed), the flag of an
 interrupt (looked at at every tap), and non-finite values. Files, weights and the order of steps are not known.
@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from archs.batch import Group
@@ -24,6 +25,7 @@ from .prompts import Microbatch, View
 from .schedule import Stage
 from .sites import PHASES, where
 from .store import Record
+
 
 class Reached(Exception):
     """The last wanted site is behind us; not an error."""
@@ -91,7 +93,7 @@ class Taps:
     def start_layer(self, layer: int | None) -> None:
         """`on_layer_start` of everybody who targets it; None stands for the model-level hooks."""
         for callback, sites in self._of_layer(layer):
-            with self.span("callback"), _blame(callback, "on_layer_start", sites[0]):
+            with self.span("callback"), _Blame(callback, "on_layer_start", sites[0]):
                 callback.on_layer_start(layer)
 
     def end_layer(self, layer: int | None) -> list[tuple[Site, LayerArtifact]]:
@@ -104,7 +106,7 @@ class Taps:
                 )
         artifacts: list[tuple[Site, LayerArtifact]] = []
         for callback, sites in self._of_layer(layer):
-            with self.span("callback"), _blame(callback, "on_layer_end", sites[0]):
+            with self.span("callback"), _Blame(callback, "on_layer_end", sites[0]):
                 made = callback.on_layer_end(layer)
                 for artifact in [made] if isinstance(made, LayerArtifact) else list(made or ()):
                     artifacts.append((_site_of(artifact, sites), artifact))
@@ -114,7 +116,7 @@ class Taps:
 
     def call(self, callback: Callback, site: Site, acts: Tensor, view: View) -> Tensor | None:
         """Shows ``acts`` to a callback; returns what it wrote back."""
-        with self.span("callback"), _blame(callback, "on_batch", site, view):
+        with self.span("callback"), _Blame(callback, "on_batch", site, view):
             returned = callback.on_batch(site[0], site[1], acts, view.sample_ids)
             written: Tensor | None = None
             for part in returned if isinstance(returned, tuple) else () if returned is None else (returned,):
@@ -289,7 +291,7 @@ def _sequences(value: Tensor, view: View) -> Tensor:
     """Flat rows -> ``[b, length, *rest]``; a view of ``value`` where the rows are contiguous."""
     if isinstance(view.rows, Tensor):
         return value[view.rows]
-    return value[view.rows].unflatten(0, (-1, view.length))
+    return rearrange(value[view.rows], "(b s) ... -> b s ...", s=view.length)
 
 
 def _put(value: Tensor, view: View, chosen: slice | list[int], written: Tensor) -> None:
@@ -317,10 +319,10 @@ def _checked(part: WriteBack, callback: Callback, acts: Tensor) -> Tensor:
 
 
 class _Wrong(Exception):
-    """What a callback did wrong, said by us; `_blame` adds who and where."""
+    """What a callback did wrong, said by us; `_Blame` adds who and where."""
 
 
-class _blame(AbstractContextManager[None]):
+class _Blame(AbstractContextManager[None]):
     """Turns whatever a callback raises into a `CallbackError` that names it, its site and the samples."""
 
     def __init__(self, callback: Callback, method: str, site: Site, view: View | None = None) -> None:
@@ -335,4 +337,3 @@ class _blame(AbstractContextManager[None]):
         what = str(error) if isinstance(error, _Wrong) else f"raised {type(error).__name__}: {error}"
         at = f"{where(self._site)}{samples if ids else ''}"
         raise CallbackError(f"{who} at {at}: {what}") from error
-

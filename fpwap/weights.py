@@ -103,7 +103,9 @@ def shard_names(folder: Path) -> tuple[list[str], dict[str, str] | None]:
         raise ModelError(f"{folder / INDEX} is not an index of safetensors shards: {error!r}") from error
     for name in names:
         if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
-            raise ModelError(f"{folder / INDEX} names the shard {name!r}: shards are plain file names in the model folder")
+            raise ModelError(
+                f"{folder / INDEX} names the shard {name!r}: shards are plain file names in the model folder"
+            )
         if not (folder / name).is_file():
             raise ModelError(f"{folder / name} is missing; {INDEX} names it: download the model again")
     return names, claimed
@@ -193,7 +195,9 @@ def lay_out(checkpoint: Checkpoint, family: Family, config: Any) -> Layout:
     if not problems and unclaimed:
         problems.append(f"tensors that {family.name} with this config does not have: {_some(unclaimed)}")
     if problems:
-        raise ModelError(f"{checkpoint.folder} does not fit its config: {'; '.join(problems[:12])}{_more(problems, 12)}")
+        raise ModelError(
+            f"{checkpoint.folder} does not fit its config: {'; '.join(problems[:12])}{_more(problems, 12)}"
+        )
     return Layout({stage: weights for stage, (_, weights) in tables.items()}, sources)
 
 
@@ -302,7 +306,7 @@ class Weights:
             return _map(fd, entry)
         out = buffer.take(entry.shape)
         raw = torch.empty(entry.size, dtype=torch.uint8)
-        _read_exactly(fd, entry.start, memoryview(raw.numpy()), self._folder / entry.shard)
+        _read_exactly(fd, entry.start, raw.numpy().data, self._folder / entry.shard)
         out.copy_(raw.view(DTYPES[entry.dtype]).view(entry.shape))
         return out.to(self._device)
 

@@ -265,8 +265,8 @@ def reference(hf: PreTrainedModel, family: str, padded: Padded, patch: pytest.Mo
     for layer, (q, k) in enumerate(rotated):
         seen[layer, "q_rot"], seen[layer, "k_rot"] = (x.transpose(1, 2).flatten(0, 1).flatten(1) for x in (q, k))
     for site in [site for site in seen if site[1] == "qkv"]:
-        for hook, part in zip("qkv", seen.pop(site).chunk(3, dim=1), strict=True):
-            seen[site[0], hook] = seen[site[0], hook + "_rot"] = part
+        q, k, v = seen.pop(site).chunk(3, dim=1)
+        seen |= {(site[0], hook): part for hook, part in {"q": q, "k": k, "v": v, "q_rot": q, "k_rot": k}.items()}
     states = [state.flatten(0, 1) for state in out.hidden_states]
     seen |= {(layer, "residual_pre"): state for layer, state in enumerate(states[:-1])}
     seen |= {(None, "embedding"): states[0], (None, "final_norm"): states[-1]}

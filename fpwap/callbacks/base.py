@@ -1,8 +1,8 @@
 """The protocol between a sweep and what is done with its activations.
 
-A `Callback` says which sites it wants and is shown their values, a few prompts at a time; it answers with an `Emit` (a row
-of output per prompt or per token), a `WriteBack` (a new value), both or nothing, and may leave a `LayerArtifact` when a
-layer is done.
+A `Callback` says which sites it wants and is shown their values, a few prompts at a time; it answers with an `Emit` (a
+row of output per prompt or per token), a `WriteBack` (a new value), both or nothing, and may leave a `LayerArtifact`
+when a layer is done.
 
     on_sweep_start
       on_layer_start(l), on_layer_start(l + 1), ...    layers that are resident together
@@ -12,6 +12,8 @@ layer is done.
 
 The module does not know how prompts are batched, nor where outputs go.
 """
+
+# ruff: noqa: B027 - most of the life cycle may be left out
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -123,8 +125,8 @@ class Callback(ABC):
     needs_metadata: True if ``ctx.metadata`` will be asked.
     emits: hook -> (rest, dtype) of what is emitted per prompt, so that the plan counts its bytes.
 
-    What is gathered belongs in private attributes, one state per (layer, hook), begun afresh by `on_sweep_start`: public
-    attributes are the callback's identity (`config`). There is no ``__init__`` to call.
+    What is gathered belongs in private attributes, one state per (layer, hook), begun afresh by `on_sweep_start`:
+    public attributes are the callback's identity (`config`). There is no ``__init__`` to call.
     """
 
     target_layers: Layers = "all"
@@ -177,8 +179,8 @@ class Callback(ABC):
     ) -> Emit | WriteBack | tuple[Emit | WriteBack, ...] | None:
         """``acts [b, s, *rest]``: b prompts of one length, without padding, at the wanted positions.
 
-        "attn_pattern" is ``[b, heads, s, s]``, positions selecting queries. sample_ids: int64 ``[b]``, on the CPU, places
-        in the user's dataset. ``acts`` is on ``ctx.device`` and the callback's own, unless it `borrows`.
+        "attn_pattern" is ``[b, heads, s, s]``, positions selecting queries. sample_ids: int64 ``[b]``, on the CPU,
+        places in the user's dataset. ``acts`` is on ``ctx.device`` and the callback's own, unless it `borrows`.
         """
 
     def on_layer_end(self, layer_idx: int | None) -> LayerArtifact | Iterable[LayerArtifact] | None:
@@ -212,7 +214,7 @@ def _plain(value: Any) -> Any:
             return float(value)
         case Tensor():
             data = value.detach().cpu().contiguous()
-            digest = xxh3_128_hexdigest(data.reshape(-1).view(torch.uint8).numpy())
+            digest = xxh3_128_hexdigest(data.reshape(-1).view(torch.uint8).numpy().data)
             return f"{data.dtype} {list(data.shape)} xxh3_128 {digest}"
         case torch.dtype() | torch.device():
             return str(value)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import index
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from xxhash import xxh3_128_hexdigest
@@ -54,11 +55,13 @@ class RawActivations(Callback):
             raise RequestError("RawActivations: last_token_only=False means every token; leave it out or positions=")
         self.target_layers, self.target_hooks, self.phase = layers, (hook,), phase
         self.name, self.dtype = name, dtype
-        self._single = isinstance(positions, int) or (positions is None and last_token_only)
+        self._single = isinstance(positions, int | np.integer) or (positions is None and last_token_only)
         if positions is None:
             self.positions = "last" if last_token_only else "all"
+        elif isinstance(positions, int | np.integer):
+            self.positions = [int(positions)]
         else:
-            self.positions = [positions] if isinstance(positions, int) else [index(p) for p in positions]
+            self.positions = [index(position) for position in positions]
 
     def declare(self, ctx: Context) -> Mapping[str, Declared]:
         (hook,) = self.target_hooks
@@ -93,8 +96,8 @@ class IncrementalPCA(Callback):
     """Exact principal component analysis, without keeping the rows where there are more of them than dimensions.
 
     One row a prompt, or a token with last_token_only=False. Artifact "pca_basis": components ``[k, H]``, unit rows,
-    largest variance first, the largest coordinate of each positive; mean ``[H]``; explained_variance ``[k]``, divided by
-    count - 1, all fp32; count, int64 scalar. Computed in fp64. meta: "rest", the shape that the H coordinates had.
+    largest variance first, the largest coordinate of each positive; mean ``[H]``; explained_variance ``[k]``, divided
+    by count - 1, all fp32, computed in fp64; count, int64 scalar. meta: "rest", the shape that the H coordinates had.
     """
 
     borrows = True
@@ -111,7 +114,7 @@ class IncrementalPCA(Callback):
         _refuse_pattern(self, hook)
         self.target_layers, self.target_hooks, self.phase = layers, (hook,), phase
         self.positions = "last" if last_token_only else "all"
-        self.n_components = n_components
+        self.n_components = index(n_components)
 
     def _rows(self, ctx: Context) -> int:
         return ctx.n_prompts if self.positions == "last" else ctx.total_tokens
@@ -141,10 +144,12 @@ class IncrementalPCA(Callback):
 
     def on_layer_end(self, layer_idx: int | None) -> LayerArtifact:
         (hook,) = self.target_hooks
-        components, mean, variance, count = self._spreads.pop((layer_idx, hook)).principal(self.n_components)
+        spread = self._spreads.pop((layer_idx, hook))
+        count = torch.tensor(spread.count)
+        components, mean, variance = spread.principal(self.n_components)
         tensors = {"components": components, "mean": mean, "explained_variance": variance}
         tensors = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
-        return LayerArtifact("pca_basis", {**tensors, "count": torch.tensor(count)}, {"rest": list(self._rest)}, hook)
+        return LayerArtifact("pca_basis", {**tensors, "count": count}, {"rest": list(self._rest)}, hook)
 
     def state_dict(self, layer: int | None, hook: str) -> State:
         return self._at((layer, hook)).state_dict()
@@ -189,7 +194,7 @@ class DiffOfMeans(Callback):
         """With the labels themselves once they are known, since a lambda has no identity."""
         if not self._labels:
             return super().config()
-        return super().config() | {"labels": self._labels, "label_of": xxh3_128_hexdigest(self._codes.numpy())}
+        return super().config() | {"labels": self._labels, "label_of": xxh3_128_hexdigest(self._codes.numpy().data)}
 
     def state_bytes(self, ctx: Context, layer: int | None, hook: str) -> int:
         if not self._labels:
@@ -203,7 +208,7 @@ class DiffOfMeans(Callback):
 
     def on_batch(self, layer_idx: int | None, hook: str, acts: Tensor, sample_ids: Tensor) -> None:
         acts, codes = acts.flatten(2), self._codes[sample_ids]
-        for code in codes.unique().tolist():
+        for code in sorted(set(codes.tolist())):
             # by index, not as a product with zeros and ones: a NaN stays in its own class
             rows = acts[(codes == code).nonzero().flatten().to(acts.device)].flatten(0, 1)
             self._add((layer_idx, hook), self._labels[code], len(rows), rows.sum(0, dtype=torch.float64))
@@ -274,8 +279,8 @@ class SteerInBasis(Callback):
     ) -> None:
         if layers is None and hook not in MODEL_HOOKS:
             raise RequestError("SteerInBasis: say at which layers to steer: layers=[45], or layers='all'")
-        self.target_layers, self.target_hooks = layers or "all", (hook,)
-        self.basis, self.direction_idx, self.alpha = _basis(basis_artifact), direction_idx, alpha
+        self.target_layers, self.target_hooks = "all" if layers is None else layers, (hook,)
+        self.basis, self.direction_idx, self.alpha = _basis(basis_artifact), index(direction_idx), alpha
 
     def on_sweep_start(self, ctx: Context) -> None:
         (hook,) = self.target_hooks
@@ -317,31 +322,31 @@ def _refuse_pattern(callback: Callback, hook: str) -> None:
 
 
 def _labels(label_fn: Callable[[dict[str, Any]], Any], ctx: Context) -> tuple[list[Label], Tensor]:
-    """The distinct labels, sorted, and each prompt's place among them, int32 ``[N]``. Raises `RequestError`."""
+    """The distinct labels, as they come, and each prompt's place among them, int32 ``[N]``. Raises `RequestError`."""
     codes: dict[Label, int] = {}
-    found = torch.empty(ctx.n_prompts, dtype=torch.int32).numpy()
-    kind: type | None = None
+    found: list[int] = []
+    kind: Any = None
     for i in range(ctx.n_prompts):
         sample = {**ctx.metadata(i), "input_ids": ctx.tokens(i)}
         try:
             label = label_fn(sample)
+            label = label.item() if hasattr(label, "item") else label  # numpy and torch scalars
         except Exception as error:
             keys = ", ".join(map(str, sample))
             raise RequestError(
                 f"DiffOfMeans: label_fn raised {type(error).__name__}: {error} on sample {i}, whose keys are {keys}"
             ) from error
-        label = label.item() if hasattr(label, "item") else label  # numpy and torch scalars
         if type(label) not in (bool, int, str):
             raise RequestError(f"DiffOfMeans: the label of sample {i} is {label!r}; a label is a bool, an int or a str")
-        if kind not in (None, type(label)):  # also since True == 1
-            raise RequestError(f"DiffOfMeans: the label of sample {i} is {label!r}, those before it are {kind}")
+        if kind not in (None, type(label)):  # True == 1: as keys they would be one class
+            was, now = kind.__name__, type(label).__name__
+            raise RequestError(
+                f"DiffOfMeans: the label of sample {i} is {label!r}, of type {now}; before it came {was}"
+            )
         kind = type(label)
-        found[i] = codes.setdefault(label, len(codes))
+        found.append(codes.setdefault(label, len(codes)))
         if len(codes) > MOST_LABELS:
             raise RequestError(f"DiffOfMeans: more than {MOST_LABELS} distinct labels up to sample {i}: not classes")
     if len(codes) < 2:
         raise RequestError(f"DiffOfMeans: label_fn gives every prompt the label {next(iter(codes))!r}: no difference")
-    labels = sorted(codes)
-    place = torch.empty(len(labels), dtype=torch.int32)
-    place[[codes[label] for label in labels]] = torch.arange(len(labels), dtype=torch.int32)
-    return labels, place[torch.from_numpy(found).long()]
+    return list(codes), torch.tensor(found, dtype=torch.int32)

@@ -1,9 +1,9 @@
 """Principal axes of rows that come a few at a time: exact, mergeable, the same bits for the same order of rows.
 
-While there are no more rows than columns the rows themselves are kept, in the dtype they came in, and a thin SVD of the
-centred rows ends it. Beyond that, blocks of rows are absorbed into count, mean and scatter, each block centred on its own
-mean and merged by the pairwise update of Chan, Golub and LeVeque (1979); one `eigh` ends it. All in fp64, and nothing is
-ever computed as ``E[xx] - mean mean``, which cancels where a dimension's mean is far larger than its spread.
+While there are no more rows than columns the rows themselves are kept, in the dtype they came in, and a thin SVD of
+the centred rows ends it. Beyond that, blocks of rows are absorbed into count, mean and scatter, each block centred on
+its own mean and merged by the pairwise update of Chan, Golub and LeVeque (1979); one `eigh` ends it. All in fp64, and
+nothing is ever computed as ``E[xx] - mean mean``, which cancels where a mean is far larger than its spread.
 
 The module does not know what the rows are.
 """
@@ -54,29 +54,30 @@ class Axes(NamedTuple):
     components: Tensor
     mean: Tensor
     variance: Tensor
-    count: int
 
 
 class Spread:
     """Rows of one width on one device, or their moments.
 
     expected: how many rows there will be. If more than columns, they are absorbed from the start; a wrong number costs
-    memory or nothing, never exactness.
+    time or memory, never exactness.
     """
 
     def __init__(self, width: int, expected: int, device: torch.device) -> None:
         self._width, self._device = width, device
         self._keep = width if expected <= width else 0
-        self._blocks: list[Tensor] = []  # [BLOCK, width] each; all full but the last
+        self._block = min(BLOCK, expected)
+        self._blocks: list[Tensor] = []  # [block, width] each; all full but the last
         self._kept = 0
         self._moments: Moments | None = None
 
     @staticmethod
     def nbytes(width: int, expected: int, dtype: torch.dtype) -> int:
         """What is held for ``expected`` rows; `principal` takes up to three times as much again, for a moment."""
-        blocks = -(-expected // BLOCK) if expected <= width else 1
-        moments = 0 if expected <= width else width * (width + 1) * torch.float64.itemsize
-        return blocks * BLOCK * width * dtype.itemsize + moments
+        block = min(BLOCK, expected)
+        if expected <= width:
+            return -(-expected // block) * block * width * dtype.itemsize
+        return block * width * dtype.itemsize + width * (width + 1) * torch.float64.itemsize
 
     @property
     def count(self) -> int:
@@ -87,18 +88,18 @@ class Spread:
         if self._blocks and rows.dtype != self._blocks[0].dtype:
             raise ValueError(f"rows of {rows.dtype} after rows of {self._blocks[0].dtype}")
         while len(rows):
-            used = self._kept % BLOCK
+            used = self._kept % self._block
             if not used:
-                self._blocks.append(torch.empty(BLOCK, self._width, dtype=rows.dtype, device=self._device))
-            part, rows = rows[: BLOCK - used], rows[BLOCK - used :]
+                self._blocks.append(torch.empty(self._block, self._width, dtype=rows.dtype, device=self._device))
+            part, rows = rows[: self._block - used], rows[self._block - used :]
             self._blocks[-1][used : used + len(part)] = part
             self._kept += len(part)
             if self.count > self._keep:
-                self._absorb(self._kept - self._kept % BLOCK)
+                self._absorb(self._kept - self._kept % self._block)
 
     def _absorb(self, rows: int) -> None:
         """Move the first ``rows`` kept rows, whole blocks or all there are, into the moments."""
-        for start in range(0, rows, BLOCK):
+        for start in range(0, rows, self._block):
             self._into().absorb(self._blocks.pop(0)[: rows - start])
         self._kept -= rows
 
@@ -110,7 +111,7 @@ class Spread:
 
     def _rows(self) -> Tensor:
         """The kept rows ``[n, width]``, a copy; there is at least one."""
-        return torch.cat([block[: self._kept - i * BLOCK] for i, block in enumerate(self._blocks)])
+        return torch.cat([block[: self._kept - i * self._block] for i, block in enumerate(self._blocks)])
 
     def principal(self, k: int) -> Axes:
         """The first k principal axes, ``1 <= k <= min(count - 1, width)``. Ends it: nothing may be added afterwards."""
@@ -128,12 +129,12 @@ class Spread:
             values, vectors = torch.linalg.eigh(moments.scatter.div_(count - 1))
             axes, variance = vectors.T.flip(0)[:k], values.flip(0)[:k].clamp(min=0)
         largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
-        return Axes(axes * largest.sign(), mean, variance, count)
+        return Axes(axes * largest.sign(), mean, variance)
 
     # --- state ---
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy: "rows" ``[n, width]``, and "count", "mean" and "scatter" of those absorbed; each where there are any."""
+        """A copy: "rows" ``[n, width]``, and "count", "mean", "scatter" of those absorbed; each where there are any."""
         state: dict[str, Any] = {"rows": self._rows()} if self._kept else {}
         if self._moments is not None:
             mean, scatter = self._moments.mean.clone(), self._moments.scatter.clone()
