@@ -136,17 +136,14 @@ def fixed_height(minimum: int, widths: tuple[int, ...], threads: int) -> int:
     """The smallest tile height >= minimum at which no row of a tile of these widths meets a scalar tail.
 
     torch splits an element-wise call evenly over its threads and finishes each part with scalar code where the part is
-    not a multiple of the vector length. A tile is safe if its parts are: ``height * width / threads`` a multiple of
-    `VECTOR`.
+    not a multiple of the vector length. A tile is safe if its parts are: ``height * width / parts`` a multiple of
+    `VECTOR`. Most functions use a thread for every `GRAIN` elements, gelu all threads much earlier.
     """
     assert minimum > 0 and threads > 0
 
     def safe(height: int) -> bool:
-        for width in widths:
-            parts = min(threads, -(-height * width // GRAIN))
-            if height * width % (parts * VECTOR):
-                return False
-        return True
+        sizes = (height * width for width in widths)
+        return not any(n % (parts * VECTOR) for n in sizes for parts in (min(threads, -(-n // GRAIN)), threads))
 
     height = -(-minimum // VECTOR) * VECTOR
     while not safe(height):

@@ -132,7 +132,7 @@ def block(x: Tensor, w: Layer, c: Config, layer: int, batch: Batch, tap: Tap) ->
     q, k, v = (heads(part, c.hidden // c.heads) for part in torch.split(a, c.hidden, dim=1))
     q, k, v = tap("q", q), tap("k", k), tap("v", v)
     q, k = tap("q_rot", q), tap("k_rot", k)
-    eager = upcast_probabilities if c.upcast_scores else None
+    eager = upcast_probabilities if c.upcast_scores else probabilities
     z = tap("z", attention(q, k, v, batch, tap, c.scale(layer), eager))
     x = tap("residual_mid", x + tap("attn_out", affine(z.flatten(1), w.o, w.o_bias)))
 
@@ -141,6 +141,11 @@ def block(x: Tensor, w: Layer, c: Config, layer: int, batch: Batch, tap: Tap) ->
 
     m = mlp(x, batch, tap, hidden, lambda m: affine(m, w.down, w.down_bias))
     return tap("residual_post", x + tap("mlp_out", m))
+
+
+def probabilities(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Eager attention with the softmax in the model's dtype, which is not the fp32 softmax rounded."""
+    return F.softmax(torch.matmul(q, k.transpose(2, 3)) * scale + mask, dim=-1)
 
 
 def upcast_probabilities(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:

@@ -59,7 +59,7 @@ class SweepContext:
         return torch.from_numpy(self.prompts.tokens(sample_id).copy())
 
     def length(self, sample_id: int) -> int:
-        return int(self.prompts.lengths[sample_id])
+        return int(self.prompts.offsets[sample_id + 1] - self.prompts.offsets[sample_id])
 
     def metadata(self, sample_id: int) -> Mapping[str, Any]:
         """The sample's dict less ids and mask. Raises `RequestError` if no callback said that it needs metadata."""

@@ -5,6 +5,7 @@ Config, headers and lengths in; sites, token table and plan out. No tensor is re
 
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,11 +206,12 @@ def _costs(
 ) -> Costs:
     """What the sweep will read, hold and put out. Raises `RequestError` from callbacks that cannot work so."""
     layout, config, itemsize = model.layout, model.config, context.dtype.itemsize
-    outputs = states = 0
+    outputs = 0
+    states: Counter[Stage] = Counter()  # of a layer's callbacks, until the layer ends
     for callback, own in zip(callbacks, targets.bound, strict=True):
         declared = callback.declare(context)
         for layer, hook in own:
-            states += callback.state_bytes(context, layer, hook)
+            states[stage_of((layer, hook))] += callback.state_bytes(context, layer, hook)
             if hook in declared:
                 out = declared[hook]
                 count = context.n_prompts if out.per == "prompt" else context.total_tokens
@@ -227,6 +229,6 @@ def _costs(
         residual=table.rows * config.hidden * itemsize if len(schedule.groups) > 1 else 0,
         microbatch=rows * (6 * config.hidden + 3 * widest + logits) * itemsize,
         outputs=outputs,
-        states=states,
+        states=max(sum(states[stage] for stage in group) for group in schedule.groups),
         flops=2.0 * sum(layers) * table.rows,
     )

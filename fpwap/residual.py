@@ -5,8 +5,8 @@
 per-token tensors; today there is one, "residual". It does not know layers, prompts or why a row is where it is.
 """
 
+import contextlib
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Protocol
@@ -67,8 +67,7 @@ class OnDisk:
             folder.mkdir(parents=True, exist_ok=True)
             for name, width in widths.items():
                 for side in (0, 1):
-                    path = folder / f"{name}.{'ab'[side]}"
-                    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+                    fd = os.open(self._path(name, side), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
                     self._files[name, side] = fd
                     os.posix_fallocate(fd, 0, max(1, rows * width * dtype.itemsize))
         except OSError as error:
@@ -102,10 +101,15 @@ class OnDisk:
         self._reading = 1 - self._reading
 
     def close(self) -> None:
-        for fd in self._files.values():
+        for (name, side), fd in self._files.items():
             os.close(fd)
+            self._path(name, side).unlink(missing_ok=True)
         self._files.clear()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self._folder.rmdir()
+
+    def _path(self, name: str, side: int) -> Path:
+        return self._folder / f"{name}.{'ab'[side]}"
 
 
 def open_residual(

@@ -4,8 +4,9 @@ A site is a (layer, hook) pair; model-level hooks have no layer. Everything that
 known from the config and the lengths of the prompts is a `RequestError` here, and not a surprise after an hour.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,12 @@ def resolve_sites(callback: Callback, family: Family, config: Any) -> tuple[Site
     return tuple(sorted(sites, key=lambda site: order(site, family, config)))
 
 
+def _are_integers(values: object) -> bool:
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        return False
+    return all(isinstance(value, Integral) and not isinstance(value, bool) for value in values)
+
+
 def _is_all(layers: object) -> bool:
     return isinstance(layers, str) and layers == "all"
 
@@ -94,7 +101,7 @@ def _layers(callback: Callback, count: int) -> list[int]:
     if _is_all(asked):
         return list(range(count))
     who = type(callback).__name__
-    if isinstance(asked, str) or not all(isinstance(layer, int | np.integer) for layer in asked):
+    if not _are_integers(asked):
         raise RequestError(f"{who}: layers must be 'all' or a list of integers, not {asked!r}")
     outside = [layer for layer in asked if not -count <= layer < count]
     if outside:
@@ -120,8 +127,8 @@ def check_positions(callback: Callback, lengths: np.ndarray) -> None:
         if positions not in ("all", "last"):
             raise RequestError(f"{who}: positions must be 'all', 'last' or integers, not {positions!r}")
         return
-    if not positions:
-        raise RequestError(f"{who}: an empty list of positions selects nothing")
+    if not _are_integers(positions) or not len(positions):
+        raise RequestError(f"{who}: positions must be 'all', 'last' or a list of integers, not {positions!r}")
     for position in positions:
         short = np.flatnonzero(lengths < (position + 1 if position >= 0 else -position))
         if len(short):

@@ -330,7 +330,7 @@ class _Buffer:
 
 
 def _map(fd: int, entry: Entry) -> Tensor:
-    """The tensor as a private map of its part of the file; pages are shared with the page cache until written."""
+    """The tensor as a private map of its part of the file; nobody writes, so its pages are the page cache's own."""
     skipped = entry.start % mmap.ALLOCATIONGRANULARITY
     pages = mmap.mmap(fd, skipped + entry.size, mmap.MAP_PRIVATE, offset=entry.start - skipped)
     flat = torch.frombuffer(pages, dtype=DTYPES[entry.dtype], count=_count(entry.shape), offset=skipped)

@@ -312,3 +312,33 @@ def test_padded_has_the_bits_of_hugging_face(
 
 
 # --- packed ---------------------------------------------------------------------------------------------------------
+
+
+def rows_of(recorder: Recorder, batch: Batch, prompt: int) -> Seen:
+    """What was seen of one prompt of a packed batch."""
+    start = sum(len(other) for other in MIX[:prompt]) if batch.tokens > len(MIX[prompt]) else 0
+    rows = slice(start, start + len(MIX[prompt]))
+    seen = {site: value[rows] for site, value in recorder.seen.items()}
+    index = next(i for i, group in enumerate(batch.groups) if group.start <= start < group.rows.stop)
+    inside = (start - batch.groups[index].start) // len(MIX[prompt])
+    return seen | {(layer, "attn_pattern"): found[index][inside] for layer, found in recorder.patterns.items()}
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_packed_bits_of_a_prompt_depend_on_the_prompt_alone(
+    name: str, dtype: torch.dtype, attention: Attention, checkpoint: Callable[[str], Path], threads: int
+) -> None:
+    model = load(checkpoint(name), dtype)
+    height = fixed_height(64, (model.config.mlp_width,), threads)
+    mix = packed(MIX, height, attention)
+    assert len(mix.ids) > 3 * height and len(mix.ids) * model.config.mlp_width > 2 * GRAIN
+    together = run(model, mix)
+    for prompt in ALONE:
+        batch = packed([MIX[prompt]], height, attention)
+        alone, mixed = rows_of(run(model, batch), batch, prompt), rows_of(together, mix, prompt)
+        assert set(alone) == set(mixed)
+        for site, value in alone.items():
+            found = mixed[site]
+            assert torch.equal(found, value), f"prompt {prompt}, {site} differs by {(found - value).abs().max()}"

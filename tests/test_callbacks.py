@@ -137,6 +137,14 @@ def random_acts(lengths: Sequence[int], rest: tuple[int, ...], seed: int = 0, dt
     return [torch.randn(n, *rest, generator=generator).to(dtype) for n in lengths]
 
 
+def refused(callback: Callback, ctx: FakeContext, message: str) -> None:
+    """While the plan is made, and by who makes none at the start."""
+    with pytest.raises(RequestError, match=message):
+        callback.state_bytes(ctx, 0, POST)
+    with pytest.raises(RequestError, match=message):
+        callback.on_sweep_start(ctx)
+
+
 def equal(a: LayerArtifact, b: LayerArtifact) -> bool:
     same = a.tensors.keys() == b.tensors.keys() and all(torch.equal(a.tensors[n], b.tensors[n]) for n in a.tensors)
     return same and (a.name, a.meta, a.hook) == (b.name, b.meta, b.hook)
@@ -314,7 +322,7 @@ def test_raw_attention_pattern(arguments: dict[str, Any], wanted: Callable[[Tens
 
 def test_raw_refuses_what_has_no_answer() -> None:
     with pytest.raises(RequestError, match="prompt 0 has 4 tokens, prompt 2 has 5"):
-        RawActivations(hook="attn_pattern").on_sweep_start(FakeContext((4, 4, 5), (2,)))
+        RawActivations(hook="attn_pattern").declare(FakeContext((4, 4, 5), (2,)))
     with pytest.raises(RequestError, match="last_token_only=False"):
         RawActivations(positions=3, last_token_only=False)
     with pytest.raises(TypeError):
@@ -417,8 +425,7 @@ def test_pca_of_a_model_level_hook() -> None:
     [(5, (8,), 5, 4), (100, (8,), 9, 8), (100, (2, 3), 7, 6), (9, (8,), 0, 8), (1, (8,), 1, 0)],
 )
 def test_pca_refuses_more_components_than_there_are(n: int, rest: tuple[int, ...], k: int, most: int) -> None:
-    with pytest.raises(RequestError, match=f"n_components={k} .* from 1 to {most}: {n} rows"):
-        IncrementalPCA("all", k).on_sweep_start(FakeContext((3,) * n, rest))
+    refused(IncrementalPCA("all", k), FakeContext((3,) * n, rest), f"n_components={k} .* from 1 to {most}: {n} rows")
     if most:
         IncrementalPCA("all", most).on_sweep_start(FakeContext((3,) * n, rest))
         IncrementalPCA("all", most, last_token_only=False).on_sweep_start(FakeContext((3,) * n, rest))
@@ -573,10 +580,7 @@ def test_label_fn_sees_metadata_and_ids() -> None:
 )
 def test_labels_that_are_refused_before_any_work(samples: list[dict[str, Any]], message: str) -> None:
     ctx = FakeContext((3,) * len(samples), samples=samples)
-    with pytest.raises(RequestError, match=message):
-        DiffOfMeans("all", by_label).on_sweep_start(ctx)
-    with pytest.raises(RequestError, match=message):
-        DiffOfMeans("all", by_label).state_bytes(ctx, 0, POST)
+    refused(DiffOfMeans("all", by_label), ctx, message)
 
 
 def test_a_nan_stays_in_its_class() -> None:
@@ -599,6 +603,24 @@ def test_labels_are_part_of_the_identity() -> None:
     assert config([0, 1, 1]) != config([0, 1, 0])
     assert config([0, 1, 1]) != config([0, 2, 2])
     assert config([0, 1])["labels"] == [0, 1]
+    again = DiffOfMeans("all", by_label)
+    for labels in ([0, 1, 1], [0, 1, 0]):  # one callback, another dataset: known as soon as the plan is made
+        again.state_bytes(FakeContext((1,) * 3, samples=labelled(labels)), 0, POST)
+        assert again.config() == config(labels)
+
+
+def test_prompts_are_labelled_once_a_sweep() -> None:
+    calls: list[dict[str, Any]] = []
+
+    def label_fn(sample: dict[str, Any]) -> Any:
+        calls.append(sample)
+        return sample["label"]
+
+    ctx, callback = FakeContext((1,) * 4, samples=labelled("abab")), DiffOfMeans("all", label_fn)
+    for layer in (0, 1):
+        callback.state_bytes(ctx, layer, POST)
+    callback.on_sweep_start(ctx)
+    assert len(calls) == 4
 
 
 def test_parts_of_a_dataset_may_hold_other_classes() -> None:
@@ -782,15 +804,11 @@ def test_steering_keeps_its_own_basis() -> None:
 
 def test_steering_refuses_what_does_not_fit() -> None:
     ctx = FakeContext((3,) * 4, (8,), labelled("abca"))
-    with pytest.raises(RequestError, match="width 7, hook 'residual_post' has 8"):
-        SteerInBasis(torch.zeros(7), layers=[0]).on_sweep_start(ctx)
+    refused(SteerInBasis(torch.zeros(7), layers=[0]), ctx, "width 7, hook 'residual_post' has 8")
     for index in (3, -1):
-        with pytest.raises(
-            RequestError, match=f"direction_idx={index} must be from 0 to 2: the basis has 3 directions"
-        ):
-            SteerInBasis(torch.zeros(3, 8), index, layers=[0]).on_sweep_start(ctx)
-    with pytest.raises(RequestError, match=r"from 0 to 0: the basis has 1 direction$"):
-        SteerInBasis(torch.zeros(8), 1, layers=[0]).on_sweep_start(ctx)
+        message = f"direction_idx={index} must be from 0 to 2: the basis has 3 directions"
+        refused(SteerInBasis(torch.zeros(3, 8), index, layers=[0]), ctx, message)
+    refused(SteerInBasis(torch.zeros(8), 1, layers=[0]), ctx, "from 0 to 0: the basis has 1 direction$")
     three = artifact(DiffOfMeans("all", by_label), ctx, random_acts(ctx.lengths, (8,)))
     with pytest.raises(RequestError, match=r"this LayerArtifact has \['counts', 'means'\]"):
         SteerInBasis(three, layers=[0])

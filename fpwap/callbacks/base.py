@@ -140,7 +140,11 @@ class Callback(ABC):
     # --- for the plan and the journal ---
 
     def declare(self, ctx: Context) -> Mapping[str, Declared]:
-        """hook -> what will be emitted there, as far as it is known before the run."""
+        """hook -> what will be emitted there, as far as it is known before the run.
+
+        `declare` and `state_bytes` are asked while the plan is made: the place to refuse, by `RequestError`, what
+        cannot work with this model or dataset.
+        """
         return {hook: Declared("prompt", rest, dtype) for hook, (rest, dtype) in self.emits.items()}
 
     def state_bytes(self, ctx: Context, layer: int | None, hook: str) -> int:

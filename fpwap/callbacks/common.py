@@ -68,22 +68,23 @@ class RawActivations(Callback):
         rest, dtype = ctx.widths(hook), self.dtype or ctx.dtype
         count: tuple[int, ...] = () if self._single else (len(self.positions),)
         if hook == PATTERN:  # in fp32, unless attention is eager
-            length = ctx.length(0)
+            length = self._one_length(ctx)
             count = (length,) if self.positions == "all" else count
             return {hook: Declared("prompt", (*rest, *count, length), self.dtype or torch.float32)}
         if self.positions == "all":
             return {hook: Declared("token", rest, dtype)}
         return {hook: Declared("prompt", (*count, *rest), dtype)}
 
-    def on_sweep_start(self, ctx: Context) -> None:
-        if PATTERN in self.target_hooks:
-            first = ctx.length(0)
-            other = next((i for i in range(ctx.n_prompts) if ctx.length(i) != first), None)
-            if other is not None:
-                raise RequestError(
-                    f"RawActivations(hook='attn_pattern') needs prompts of one length: prompt 0 has {first} tokens, "
-                    f"prompt {other} has {ctx.length(other)}; give equal lengths or reduce it in a callback of your own"
-                )
+    @staticmethod
+    def _one_length(ctx: Context) -> int:
+        first = ctx.length(0)
+        other = next((i for i in range(ctx.n_prompts) if ctx.length(i) != first), None)
+        if other is not None:
+            raise RequestError(
+                f"RawActivations(hook='attn_pattern') needs prompts of one length: prompt 0 has {first} tokens, "
+                f"prompt {other} has {ctx.length(other)}; give equal lengths or reduce it in a callback of your own"
+            )
+        return first
 
     def on_batch(self, layer_idx: int | None, hook: str, acts: Tensor, sample_ids: Tensor) -> Emit:
         if self._single:
@@ -117,21 +118,23 @@ class IncrementalPCA(Callback):
         self.n_components = index(n_components)
 
     def _rows(self, ctx: Context) -> int:
-        return ctx.n_prompts if self.positions == "last" else ctx.total_tokens
+        """How many rows there will be; refused if they have fewer principal components than are asked for."""
+        (hook,) = self.target_hooks
+        rows, width = ctx.n_prompts if self.positions == "last" else ctx.total_tokens, math.prod(ctx.widths(hook))
+        most = min(rows - 1, width)
+        if not 1 <= self.n_components <= most:
+            raise RequestError(
+                f"IncrementalPCA: n_components={self.n_components} at hook {hook!r} must be from 1 to {most}: "
+                f"{rows} rows of width {width} have no more principal components"
+            )
+        return rows
 
     def state_bytes(self, ctx: Context, layer: int | None, hook: str) -> int:
         return Spread.nbytes(math.prod(ctx.widths(hook)), self._rows(ctx), ctx.dtype)
 
     def on_sweep_start(self, ctx: Context) -> None:
-        (hook,) = self.target_hooks
-        self._rest, rows = ctx.widths(hook), self._rows(ctx)
-        most = min(rows - 1, math.prod(self._rest))
-        if not 1 <= self.n_components <= most:
-            raise RequestError(
-                f"IncrementalPCA: n_components={self.n_components} at hook {hook!r} must be from 1 to {most}: "
-                f"{rows} rows of width {math.prod(self._rest)} have no more principal components"
-            )
-        self._expected, self._device = rows, ctx.device
+        self._expected, self._device = self._rows(ctx), ctx.device
+        self._rest = ctx.widths(self.target_hooks[0])
         self._spreads: dict[Site, Spread] = {}
 
     def _at(self, site: Site) -> Spread:
@@ -166,10 +169,10 @@ class DiffOfMeans(Callback):
     """The mean of each class of prompts, and from one of two classes to the other.
 
     label_fn: a sample, a dict of its metadata and "input_ids" (int32 tensor), to its label: all bool, all int or all
-    str. It is called for every prompt at the start, and nothing is read before. One row a prompt, or a token with
-    last_token_only=False, where long prompts weigh more. Artifact "diff_of_means": means ``[C, H]`` in the order of the
-    sorted labels and, if C is 2, direction ``[H]``, the second less the first; fp32, computed in fp64; counts, int64
-    ``[C]``. meta: "labels", and "rest", the shape that the H coordinates had.
+    str. It is called for every prompt while the plan is made, before any weight is read. One row a prompt, or a token
+    with last_token_only=False, where long prompts weigh more. Artifact "diff_of_means": means ``[C, H]`` in the order
+    of the sorted labels and, if C is 2, direction ``[H]``, the second less the first; fp32, computed in fp64; counts,
+    int64 ``[C]``. meta: "labels", and "rest", the shape that the H coordinates had.
     """
 
     borrows = True
@@ -188,21 +191,26 @@ class DiffOfMeans(Callback):
         self.target_layers, self.target_hooks, self.phase = layers, (hook,), phase
         self.positions = "last" if last_token_only else "all"
         self.label_fn = label_fn
-        self._labels: list[Label] = []
+        self._labelled: Context | None = None
 
     def config(self) -> dict[str, Any]:
         """With the labels themselves once they are known, since a lambda has no identity."""
-        if not self._labels:
+        if self._labelled is None:
             return super().config()
         return super().config() | {"labels": self._labels, "label_of": xxh3_128_hexdigest(self._codes.numpy().data)}
 
-    def state_bytes(self, ctx: Context, layer: int | None, hook: str) -> int:
-        if not self._labels:
+    def _label(self, ctx: Context) -> None:
+        """Label the prompts, once per context: there may be 10^6 of them, and a plan asks for every layer."""
+        if self._labelled is not ctx:
             self._labels, self._codes = _labels(self.label_fn, ctx)
+            self._labelled = ctx
+
+    def state_bytes(self, ctx: Context, layer: int | None, hook: str) -> int:
+        self._label(ctx)
         return len(self._labels) * math.prod(ctx.widths(hook)) * torch.float64.itemsize
 
     def on_sweep_start(self, ctx: Context) -> None:
-        self._labels, self._codes = _labels(self.label_fn, ctx)
+        self._label(ctx)
         self._rest, self._device = ctx.widths(self.target_hooks[0]), ctx.device
         self._sums: dict[Site, dict[Label, tuple[int, Tensor]]] = {}
 
@@ -263,7 +271,7 @@ class SteerInBasis(Callback):
     basis_artifact: a "pca_basis" (row ``direction_idx`` of its components), a "diff_of_means" of two classes (its
     direction, which has the length of the difference), or a tensor ``[H]`` or ``[k, H]``. layers: those to write at, to
     be given unless the hook is a model-level one. Raises `RequestError` for anything else; for a width that is not the
-    hook's, or an index outside the basis, when the sweep starts.
+    hook's, or an index outside the basis, when the plan is made.
     """
 
     phase = "write"
@@ -282,7 +290,8 @@ class SteerInBasis(Callback):
         self.target_layers, self.target_hooks = "all" if layers is None else layers, (hook,)
         self.basis, self.direction_idx, self.alpha = _basis(basis_artifact), index(direction_idx), alpha
 
-    def on_sweep_start(self, ctx: Context) -> None:
+    def _direction(self, ctx: Context) -> Tensor:
+        """fp32, in the shape of one token at the hook, on the CPU."""
         (hook,) = self.target_hooks
         rest, (count, width) = ctx.widths(hook), self.basis.shape
         if width != math.prod(rest):
@@ -292,7 +301,13 @@ class SteerInBasis(Callback):
                 f"SteerInBasis: direction_idx={self.direction_idx} must be from 0 to {count - 1}: "
                 f"the basis has {count} direction{'s' * (count > 1)}"
             )
-        self._step = (self.alpha * self.basis[self.direction_idx]).view(rest).to(ctx.device)
+        return self.basis[self.direction_idx].view(rest)
+
+    def state_bytes(self, ctx: Context, layer: int | None, hook: str) -> int:
+        return self._direction(ctx).nbytes
+
+    def on_sweep_start(self, ctx: Context) -> None:
+        self._step = (self.alpha * self._direction(ctx)).to(ctx.device)
 
     def on_batch(self, layer_idx: int | None, hook: str, acts: Tensor, sample_ids: Tensor) -> WriteBack:
         return WriteBack((acts + self._step).to(acts.dtype))  # a half and an fp32 tensor add in fp32

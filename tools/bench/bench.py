@@ -29,8 +29,8 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -79,7 +79,7 @@ class Spec:
 
     text: str
     contender: str
-    options: dict[str, Any]
+    options: Mapping[str, Any] = field(hash=False)
 
     @classmethod
     def parse(cls, text: str) -> "Spec":
@@ -115,6 +115,10 @@ class Taken:
     @property
     def clean(self) -> bool:
         return self.cores >= CLEAN * self.threads
+
+
+class Failed(Exception):
+    """A process that was started ended with an error; the message ends with its own."""
 
 
 class Bench:
@@ -159,7 +163,7 @@ class Bench:
     def _call(self, arguments: list[str], what: str) -> str:
         done = subprocess.run([sys.executable, *arguments], env=self._env, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
-            raise SystemExit(f"bench: {what} failed\n{done.stdout}{done.stderr}")
+            raise Failed(f"{what} failed\n{done.stdout}{done.stderr}".strip())
         return done.stdout
 
 
@@ -199,7 +203,7 @@ def tabulate(results: dict[str, dict[str, Any]], against: str) -> str:
                 f"{r['wall_s']:.2f}",
                 f"{r['process_s']:.2f}",
                 f"{r['tokens_per_s']:,.0f}",
-                f"{results[against]['wall_s'] / r['wall_s']:.2f}x",
+                f"{results[against]['wall_s'] / r['wall_s']:.2f}x" if against in results else "-",
                 f"{r['share_of_limit']:.3f}",
                 f"{r['peak_rss'] / 1e9:.2f}",
                 f"{r['weights'] / 1e9:.2f}",
@@ -212,12 +216,50 @@ def tabulate(results: dict[str, dict[str, Any]], against: str) -> str:
     return report.table(head, rows)
 
 
-def main() -> None:
+@dataclass
+class Run:
+    """What came of all rounds. captured: of each contender's last sample. failed: the error of those that had one."""
+
+    rates: list[float] = field(default_factory=list)
+    taken: dict[str, list[Taken]] = field(default_factory=lambda: defaultdict(list))
+    captured: dict[str, Tensor] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def play(bench: Bench, wanted: Mapping[Spec, int], more: int) -> Run:
+    """Rounds until each contender has its wanted number of clean samples, or ``more`` samples than that, or failed."""
+    run = Run()
+    while left := [
+        spec
+        for spec, count in wanted.items()
+        if spec.text not in run.failed and _missing(run.taken[spec.text], count, more)
+    ]:
+        run.rates.append(bench.matrix_rate())
+        print(f"round {len(run.rates)}: matrix rate {run.rates[-1] / 1e12:.3f} TFLOP/s", file=sys.stderr)
+        for spec in left:
+            try:
+                sample, run.captured[spec.text] = bench.take(spec, len(run.rates))
+            except Failed as error:  # the others' hours are not for nothing
+                print(f"  {error}", file=sys.stderr)
+                run.failed[spec.text] = str(error).splitlines()[-1]
+                continue
+            run.taken[spec.text].append(sample)
+            flag = "" if sample.clean else "  contended"
+            print(f"  {spec.text:<24}{sample.sample.wall_s:9.2f} s  {sample.cores:.2f} cores{flag}", file=sys.stderr)
+    return run
+
+
+def _missing(taken: Sequence[Taken], wanted: int, more: int) -> bool:
+    """Whether a contender is to be run again: it has too few samples, or too few clean ones and may have more."""
+    return len(taken) < wanted or (sum(t.clean for t in taken) < wanted and len(taken) < wanted + more)
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of a checkpoint")
     parser.add_argument("--case", choices=CASES, default="ragged")
-    for name in Case.__dataclass_fields__:
-        parser.add_argument(f"--{name}", type=int, metavar="N", help="in place of the case's own")
+    for size in fields(Case):
+        parser.add_argument(f"--{size.name}", type=int, metavar="N", help="in place of the case's own")
     parser.add_argument("--contenders", nargs="+", type=Spec.parse, default=[Spec.parse(n) for n in CONTENDERS])
     parser.add_argument("--against", help="the contender that speed and differences refer to (hf-sorted, or the last)")
     parser.add_argument("--rounds", type=int, default=3, help="clean samples wanted of each")
@@ -228,73 +270,57 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", action="store_true", help="keep the run under tools/bench/results/")
     args = parser.parse_args()
-    args.model = args.model.resolve()
-    own = asdict(CASES[args.case])
-    case = Case(**{name: getattr(args, name) or own[name] for name in own})
     names = [spec.text for spec in args.contenders]
-    against = args.against or next((name for name in names if name.startswith("hf-sorted")), names[-1])
-    if lost := {against, *args.once} - set(names):
+    args.against = args.against or next((name for name in names if name.startswith("hf-sorted")), names[-1])
+    if lost := {args.against, *args.once} - set(names):
         parser.error(f"{', '.join(sorted(lost))} is not among the contenders {', '.join(names)}")
+    return args
 
-    vocab = json.loads((args.model / "config.json").read_text())["vocab_size"]
-    prompts = draw(case, vocab, args.seed)
-    tokens = sum(map(len, prompts))
-    rates: list[float] = []
-    taken: dict[str, list[Taken]] = defaultdict(list)
-    captured: dict[str, Tensor] = {}
+
+def main() -> None:
+    args = arguments()
+    model, own = args.model.resolve(), asdict(CASES[args.case])
+    case = Case(**{name: getattr(args, name) or own[name] for name in own})
+    config = json.loads((model / "config.json").read_text())
+    prompts = draw(case, config["vocab_size"], args.seed)
+    lengths = [len(prompt) for prompt in prompts]
+    tokens = sum(lengths)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        bench = Bench(args.model, prompts, args.threads, args.cache, Path(folder))
-        for turn in range(args.rounds + args.more):
-            wanted = [
-                s
-                for s in args.contenders
-                if _missing(taken[s.text], 1 if s.text in args.once else args.rounds, args.more)
-            ]
-            if not wanted:
-                break
-            rates.append(bench.matrix_rate())
-            print(f"round {turn + 1}: matrix rate {rates[-1] / 1e12:.3f} TFLOP/s", file=sys.stderr)
-            for spec in wanted:
-                sample, captured[spec.text] = bench.take(spec, turn)
-                taken[spec.text].append(sample)
-                flag = "" if sample.clean else "  contended"
-                shown = f"{sample.sample.wall_s:9.2f} s  {sample.cores:.2f} cores{flag}"
-                print(f"  {spec.text:<24}{shown}", file=sys.stderr)
+        bench = Bench(model, prompts, args.threads, args.cache, Path(folder))
+        run = play(bench, {s: 1 if s.text in args.once else args.rounds for s in args.contenders}, args.more)
 
-    rate = median(rates)
-    limit_s = 2 * limits.weights_per_token(args.model) * tokens / rate
-    results = {name: summarise(taken[name], tokens, limit_s) for name in names}
-    for name in names:
-        if name != against:
-            results[name]["differs"] = distance(captured[name], captured[against])
+    rate = median(run.rates)
+    limit_s = 2 * limits.weights_per_token(model) * tokens / rate
+    results = {name: summarise(taken, tokens, limit_s) for name, taken in run.taken.items() if taken}
+    if args.against in run.captured:
+        for name in set(run.captured) - {args.against}:
+            results[name]["differs"] = distance(run.captured[name], run.captured[args.against])
 
-    title = f"{args.model.name}, {args.case}: {len(prompts)} prompts, {tokens:,} tokens, {args.cache}"
-    sizes = f"{min(map(len, prompts))} to {max(map(len, prompts))} tokens a prompt"
+    title = f"{model.name}, {args.case}: {len(prompts)} prompts, {tokens:,} tokens, {args.cache}"
     text = (
-        f"{sizes}, {args.threads} threads, bf16; matrix rate {rate / 1e12:.3f} TFLOP/s ({len(rates)} measurements from "
-        f"{min(rates) / 1e12:.3f} to {max(rates) / 1e12:.3f}), so the limit is {limit_s:.2f} s. "
-        f"speed and differs: against {against}.\n\n{tabulate(results, against)}"
+        f"{min(lengths)} to {max(lengths)} tokens a prompt, {args.threads} threads, bf16; matrix rate "
+        f"{rate / 1e12:.3f} TFLOP/s ({len(run.rates)} measurements from {min(run.rates) / 1e12:.3f} to "
+        f"{max(run.rates) / 1e12:.3f}), so the limit is {limit_s:.2f} s. speed and differs: against {args.against}."
+        f"\n\n{tabulate(results, args.against)}"
     )
+    text += "".join(f"\n\nFAILED {name}: {error}" for name, error in run.failed.items())
     figures = {
         "bench": "bench",
-        "model": json.loads((args.model / "config.json").read_text()),
+        "model": config,
         "case": {"name": args.case, **asdict(case), "tokens": tokens, "seed": args.seed},
-        "configuration": {"threads": args.threads, "cache": args.cache, "rounds": args.rounds, "against": against},
-        "matrix_rates": rates,
+        "configuration": {name: getattr(args, name) for name in ("threads", "cache", "rounds", "more", "against")},
+        "matrix_rates": run.rates,
         "limit_s": limit_s,
         "results": results,
-        "samples": [asdict(sample) for name in names for sample in taken[name]],
+        "failed": run.failed,
+        "samples": [asdict(sample) for taken in run.taken.values() for sample in taken],
     }
     print(f"{title}\n{text}\n")
     if args.write:
-        path = report.store(f"bench_{args.model.name}_{args.case}_{args.cache}", title, text, figures)
+        path = report.store(f"bench_{model.name}_{args.case}_{args.cache}", title, text, figures)
         print(f"kept as {path.relative_to(ROOT)}")
     report.last_line(figures)
-
-
-def _missing(taken: Sequence[Taken], wanted: int, more: int) -> bool:
-    """Whether a contender is to be run again: it has too few samples, or too few clean ones and may have more."""
-    return len(taken) < wanted or (sum(t.clean for t in taken) < wanted and len(taken) < wanted + more)
+    sys.exit(bool(run.failed))
 
 
 if __name__ == "__main__":
