@@ -4,13 +4,17 @@ Forward Pass Weight Amortization Protocol: each layer's weights are read once, a
 layer before the next. See `Sweep`.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 __version__ = "0.1.0"
 
-from .callbacks.base import Callback, Emit, LayerArtifact, WriteBack
-from .errors import FpwapError, Interrupted
-from .progress import ProgressEvent
-from .result import Result
-from .sweep import Sweep
+if TYPE_CHECKING:
+    from .callbacks.base import Callback, Emit, LayerArtifact, WriteBack
+    from .errors import FpwapError, Interrupted
+    from .progress import ProgressEvent
+    from .result import Result
+    from .sweep import Sweep
 
 __all__ = [
     "Callback",
@@ -23,3 +27,18 @@ __all__ = [
     "Sweep",
     "WriteBack",
 ]
+
+_HOME = {
+    **dict.fromkeys(("Callback", "Emit", "LayerArtifact", "WriteBack"), ".callbacks.base"),
+    **dict.fromkeys(("FpwapError", "Interrupted"), ".errors"),
+    "ProgressEvent": ".progress",
+    "Result": ".result",
+    "Sweep": ".sweep",
+}
+
+
+def __getattr__(name: str) -> object:
+    """The public names, imported when first asked for: `fpwap --help` need not wait for torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name], __name__), name)

@@ -70,9 +70,7 @@ def run(model: str | None = None, out: str | None = None) -> int:
     held_logits, held_labels = _tensor(plain, hook="logits"), _labels(held)
     ends = {label: _mean_score(held_logits[held_labels == index], score) for index, label in enumerate(LABELS)}
 
-    print(
-        f"\nSteering code prompts at layer {best} by alpha times a direction, figures over {len(code)} held-out prompts."
-    )
+    print(f"\nSteering {len(code)} held-out code prompts at layer {best} by alpha times a direction.")
     print("score: mean log-odds of the next token under prose against code, both as the model predicts them")
     print(f"unsteered code {ends['code']:+.2f}, unsteered prose {ends['prose']:+.2f}\n")
     print("alpha   score, steered   score, random   KL, steered   KL, random")
@@ -171,7 +169,7 @@ def _keep(folder: Path, figures: dict[str, Any], *, keep_figures: bool) -> None:
     left.plot([d for d, _ in figures["d_fit"]], "o-", label="fit")
     left.plot([d for d, _ in figures["d_held_out"]], "o-", label="held out")
     left.axvline(figures["best"], color="grey", linestyle=":")
-    left.set(xlabel="layer", ylabel="d' of the classes along the difference of means", title="Where the classes part")
+    left.set(xlabel="layer", ylabel="d' along the difference of means", title="Where the classes part")
     left.legend()
     alphas = [0.0, *(row["alpha"] for row in figures["effect"])]
     ends = figures["ends"]

@@ -4,6 +4,7 @@ Budgets, tiers, group sizes and progress are not in it: they change no bit. Time
 """
 
 import hashlib
+import json
 import platform
 from collections.abc import Sequence
 from typing import Any
@@ -13,24 +14,27 @@ import torch
 
 from . import __version__
 from .callbacks.base import Callback
+from .errors import RequestError
 from .plan import Plan
 from .prepare import Prepared, Request
 
 NUMERICS_VERSION = 1
 """Raised by every change that may change bits."""
+RESOLVED = ("target_layers", "target_hooks", "phase", "positions")
+"""Of a callback's config: said in resolved form, so that layer -1 is the last one by its number."""
 
 
 def identity(request: Request, ready: Prepared, callbacks: Sequence[Callback]) -> dict[str, Any]:
     """JSON; two runs with equal identities write equal bytes under ``activations/`` and ``artifacts/``."""
     model, plan = ready.model, ready.plan
-    return {
+    own: dict[str, Any] = {
         "numerics_version": NUMERICS_VERSION,
         "model": {
             "name": model.files.name,
             "commit": model.files.commit,
             "family": model.family.name,
             "config": dict(model.raw),
-            "shards": {shard: _shard(model.files.folder / shard) for shard in model.checkpoint.shards},
+            "shards": {shard: _shard(model.files.folder / shard) for shard in ready.checkpoint.shards},
         },
         "dataset": {
             "prompts": ready.prompts.n,
@@ -52,7 +56,7 @@ def identity(request: Request, ready: Prepared, callbacks: Sequence[Callback]) -
                 "phase": callback.phase,
                 "positions": callback.positions if isinstance(callback.positions, str) else list(callback.positions),
                 "sites": [list(site) for site in own],
-                "config": callback.config(),
+                "config": {key: value for key, value in callback.config().items() if key not in RESOLVED},
             }
             for callback, own in zip(callbacks, ready.targets.bound, strict=True)
         ],
@@ -64,6 +68,10 @@ def identity(request: Request, ready: Prepared, callbacks: Sequence[Callback]) -
             "threads": plan.threads,
         },
     }
+    try:
+        return dict(json.loads(json.dumps(own)))
+    except TypeError as error:
+        raise RequestError(f"a callback's config() must be JSON: {error}") from error
 
 
 def manifest(identity: dict[str, Any], plan: Plan) -> dict[str, Any]:

@@ -38,13 +38,12 @@ def claim(folder: Path, identity: Mapping[str, Any]) -> Literal["new", "finished
     identity: JSON. An unfinished run of the same identity is removed and begun again. Raises `StoreError`, and changes
     nothing, where the folder belongs to another run, holds anything that is not ours, or is being written to.
     """
-    identity = json.loads(json.dumps(identity))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if _is_finished(folder, identity):
+        if is_finished(folder, identity):
             return "finished"
         with _locked(folder):
-            if _is_finished(folder, identity):
+            if is_finished(folder, identity):
                 return "finished"
             _clear(folder)
             _begin(folder, identity)
@@ -79,7 +78,7 @@ def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield from _flat(item, f"{key}.{name}" if key else str(name))
 
 
-def _is_finished(folder: Path, identity: Mapping[str, Any]) -> bool:
+def is_finished(folder: Path, identity: Mapping[str, Any]) -> bool:
     """Whether a run of this identity is complete in ``folder``; raises if the run there is of another identity."""
     if not (folder / REQUEST).exists():
         return False
@@ -95,7 +94,8 @@ def _is_finished(folder: Path, identity: Mapping[str, Any]) -> bool:
         cells = [("key", "stored", "now"), *((key, _short(was), _short(now)) for key, was, now in rows)]
         widths = [max(len(row[column]) for row in cells) for column in (0, 1)]
         table = "\n".join(f"  {key:<{widths[0]}}  {was:<{widths[1]}}  {now}" for key, was, now in cells)
-        raise StoreError(f"{folder} holds another run; give another out= or remove that folder:\n{table}")
+        other = "another run" if (folder / MANIFEST).exists() else "another, unfinished run"
+        raise StoreError(f"{folder} holds {other}; give another out= or remove that folder:\n{table}")
     return (folder / MANIFEST).exists()
 
 

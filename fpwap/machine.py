@@ -33,11 +33,15 @@ def free_disk(folder: Path) -> int:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """ "auto": the accelerator if there is one, else the CPU. Raises RuntimeError for a device torch does not know."""
-    if device != "auto":
-        return torch.device(device)
+    """ "auto": the accelerator if there is one, else the CPU. Raises RuntimeError for a device that is not here."""
     found = torch.accelerator.current_accelerator(check_available=True)
-    return found or torch.device("cpu")
+    if device == "auto":
+        return found or torch.device("cpu")
+    asked = torch.device(device)
+    if asked.type not in ("cpu", found.type if found else "cpu"):
+        here = f"this machine has cpu and {found.type}" if found else "this machine has only the cpu"
+        raise RuntimeError(here)
+    return asked
 
 
 def device_memory(device: torch.device) -> int:

@@ -105,15 +105,15 @@ class Plan:
         bound = "compute" if self.compute_s >= self.disk_s else "disk"
         padding = f", {self.rows - self.tokens:,} pad rows" if self.rows > self.tokens else ""
         height = f", every GEMM {self.height} rows high" if self.height else ""
-        groups = self.schedule.groups
-        visits = f"{len(groups)} visits of each microbatch" if len(groups) > 1 else "one visit of each microbatch"
         lines = [
             f"model      {self.model}" + (f" @ {self.commit[:12]}" if self.commit else ""),
             f"           {self.family}, {self.layers} layers, {_name(self.dtype)}, {self.attention}, on {self.device}"
             f" ({self.threads} threads)",
-            f"dataset    {self.prompts:,} prompts, {self.tokens:,} tokens{padding}, longest {self.longest:,}",
-            f"batching   {self.batching}: {self.microbatches:,} microbatches of {self.microbatch}{height}",
-            f"sweep      up to {self.last}, {visits}, {len(self.schedule.waves)} wave(s)",
+            f"dataset    {counted(self.prompts, 'prompt')}, {counted(self.tokens, 'token')}{padding}, "
+            f"longest {self.longest:,}",
+            f"batching   {self.batching}: {counted(self.microbatches, 'microbatch')} of {self.microbatch}{height}",
+            f"sweep      up to {self.last}, {counted(len(self.schedule.groups), 'visit')} of each microbatch, "
+            f"{counted(len(self.schedule.waves), 'wave')}",
             f"weights    {size(self.weights_bytes)} read once",
             f"residual   {size(self.costs.residual)} in {self.tier}",
             f"outputs    {size(self.costs.outputs)}, callbacks' state {size(self.costs.states)}",
@@ -141,15 +141,16 @@ def make_plan(
     memory_free = machine.available_memory()
     tier = _tier(residual, costs.residual, device, memory_free)
     pooled = min(costs.outputs, POOLED)
-    memory = costs.resident + costs.microbatch + costs.states + pooled + (costs.residual if tier == "ram" else 0)
+    held = costs.residual if tier != "disk" else 0
+    memory = costs.resident + costs.microbatch + costs.states + pooled + held
     disk = costs.outputs + (2 * costs.residual if tier == "disk" else 0)
-    unit = "tokens" if known["height"] else "rows"
+    unit = "token" if known["height"] else "row"
     return Plan(
         **known,
         last=where(last),
         device=device,
         threads=torch.get_num_threads(),
-        microbatch=f"{microbatch:,} {unit}",
+        microbatch=counted(microbatch, unit),
         costs=costs,
         tier=tier,
         memory_bytes=memory,
@@ -197,6 +198,11 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:,.1f} TB"
+
+
+def counted(count: int, what: str) -> str:
+    plural = what + ("es" if what.endswith("ch") else "s")
+    return f"{count:,} {what if count == 1 else plural}"
 
 
 def duration(seconds: float) -> str:

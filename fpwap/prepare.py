@@ -25,7 +25,7 @@ from .plan import Costs, Plan, make_plan, tile_height
 from .prompts import Prompts, TokenTable, arrange, ingest
 from .schedule import Schedule, Stage, group_stages
 from .sites import Targets, bind, check_positions, stage_of
-from .weights import Checkpoint, Layout, lay_out, shard_names
+from .weights import DTYPES, INDEX, SINGLE, Checkpoint, Layout, lay_out, shard_names
 
 MICROBATCH_HEIGHTS = 4
 """Tiles of a packed microbatch by default: the fill of the last one is a few percent."""
@@ -53,14 +53,12 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A checkpoint and the family that computes it."""
+    """A model folder and the family that computes it. raw: ``config.json``; config: what the family made of it."""
 
     files: hub.Model
     family: Family
     raw: Mapping[str, Any]
     config: Any
-    checkpoint: Checkpoint
-    layout: Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +66,8 @@ class Prepared:
     """What `prepare` found."""
 
     model: Model
+    checkpoint: Checkpoint
+    layout: Layout
     prompts: Prompts
     table: TokenTable
     targets: Targets
@@ -76,22 +76,29 @@ class Prepared:
 
 
 def open_model(name: str, revision: str | None) -> Model:
-    """The config, its family and the headers, checked against each other. Raises `ModelError` or `HubError`."""
+    """The config and its family; the shards need not be there yet. Raises `ModelError` or `HubError`."""
     files = hub.locate(name, revision)
     raw = files.config()
     try:
         family = archs.family(raw)
-        config = family.config(raw)
+        return Model(files=files, family=family, raw=raw, config=family.config(raw))
     except ArchError as error:
         raise ModelError(f"{name}: {error}") from error
-    files = hub.fetch(files, shard_names(files.folder)[0])
+
+
+def open_checkpoint(model: Model) -> tuple[Checkpoint, Layout]:
+    """The shards, downloaded if they are not at hand, their headers checked against the config. Raises `ModelError`."""
+    indexed = (model.files.folder / INDEX).is_file()
+    files = hub.fetch(model.files, shard_names(model.files.folder, present=False)[0] if indexed else [SINGLE])
     checkpoint = Checkpoint.open(files.folder)
-    layout = lay_out(checkpoint, family, config)
-    return Model(files=files, family=family, raw=raw, config=config, checkpoint=checkpoint, layout=layout)
+    return checkpoint, lay_out(checkpoint, model.family, model.config)
 
 
 def prepare(request: Request, dataset: Iterable[Any], callbacks: Sequence[Callback], out: Path | None) -> Prepared:
-    """Everything up to the plan; the dataset is iterated once. Raises `FpwapError`s; the plan may be infeasible."""
+    """Everything up to the plan; the dataset is iterated once. Raises `FpwapError`s; the plan may be infeasible.
+
+    What can be refused by the config or the dataset is refused before a shard is downloaded.
+    """
     model = open_model(request.model, request.revision)
     family, config = model.family, model.config
     targets = bind(callbacks, family, config)
@@ -99,8 +106,7 @@ def prepare(request: Request, dataset: Iterable[Any], callbacks: Sequence[Callba
     if attention not in family.attention:
         have = " and ".join(family.attention)
         raise RequestError(f"attn_implementation {attention!r} is not one of {family.name}'s: it has {have}")
-    if stage_of(targets.last).kind == "head" and Stage("head") not in model.layout.sources:
-        raise RequestError(f"{request.model} has no {family.head} and ties no weights: it has no logits")
+    device = _device(request.device)
     prompts = ingest(
         dataset,
         vocab=config.vocab,
@@ -113,7 +119,10 @@ def prepare(request: Request, dataset: Iterable[Any], callbacks: Sequence[Callba
     for callback in callbacks:
         check_positions(callback, prompts.lengths)
 
-    dtype, device = request.dtype or _stored_dtype(model), _device(request.device)
+    checkpoint, layout = open_checkpoint(model)
+    if stage_of(targets.last).kind == "head" and Stage("head") not in layout.sources:
+        raise RequestError(f"{request.model} has no {family.head} and ties no weights: it has no logits")
+    dtype = request.dtype or _stored_dtype(model, checkpoint)
     height = None
     if request.batching == "packed":
         height = tile_height(device, tuple(getattr(config, word) for word in family.activations))
@@ -149,18 +158,27 @@ def prepare(request: Request, dataset: Iterable[Any], callbacks: Sequence[Callba
         height=height,
         schedule=schedule,
         residual=request.residual,
-        costs=_costs(model, callbacks, targets, context, table, schedule),
+        costs=_costs(layout, callbacks, targets, context, table, schedule),
         disk_free=machine.free_disk(out or Path(tempfile.gettempdir())),
         warnings=(*targets.warnings, *_beyond_training(model, prompts)),
     )
-    return Prepared(model=model, prompts=prompts, table=table, targets=targets, context=context, plan=plan)
+    return Prepared(
+        model=model,
+        checkpoint=checkpoint,
+        layout=layout,
+        prompts=prompts,
+        table=table,
+        targets=targets,
+        context=context,
+        plan=plan,
+    )
 
 
-def _stored_dtype(model: Model) -> torch.dtype:
+def _stored_dtype(model: Model, checkpoint: Checkpoint) -> torch.dtype:
     """HF's rule: what the config names, else the first floating tensor's."""
     named = model.raw.get("dtype") or model.raw.get("torch_dtype")
     if named is None:
-        return model.checkpoint.first_floating() or torch.bfloat16
+        return checkpoint.first_floating() or torch.bfloat16
     dtype = getattr(torch, str(named).removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype) or dtype not in COMPUTED:
         raise ModelError(f"{model.files.name}: config.json names the dtype {named!r}; pass dtype='bfloat16' or another")
@@ -197,7 +215,7 @@ def _schedule(targets: Targets, model: Model, size: int, table: TokenTable) -> S
 
 
 def _costs(
-    model: Model,
+    layout: Layout,
     callbacks: Sequence[Callback],
     targets: Targets,
     context: SweepContext,
@@ -205,7 +223,7 @@ def _costs(
     schedule: Schedule,
 ) -> Costs:
     """What the sweep will read, hold and put out. Raises `RequestError` from callbacks that cannot work so."""
-    layout, config, itemsize = model.layout, model.config, context.dtype.itemsize
+    config, itemsize = context.config, context.dtype.itemsize
     outputs = 0
     states: Counter[Stage] = Counter()  # of a layer's callbacks, until the layer ends
     for callback, own in zip(callbacks, targets.bound, strict=True):
@@ -217,10 +235,11 @@ def _costs(
                 count = context.n_prompts if out.per == "prompt" else context.total_tokens
                 outputs += count * math.prod(out.rest) * out.dtype.itemsize
     stages = set(schedule.loads())
-    widest = max(math.prod(width) for width in model.family.widths(config).values())
+    widest = max(math.prod(width) for width in context.family.widths(config).values())
     rows = max(batch.rows.stop - batch.rows.start for batch in table.microbatches)
     logits = config.vocab if Stage("head") in stages else 0
-    copied = context.dtype != model.checkpoint.first_floating() or context.device.type != "cpu"
+    stored = {DTYPES[entry.dtype] for stage in stages for entry in layout.sources[stage].values()}
+    copied = stored != {context.dtype} or context.device.type != "cpu"
     layers = [layout.elements(stage) for stage in stages if stage.kind == "layer"]
     resident = max(sum(layout.elements(stage) for stage in group) for group in schedule.groups)
     return Costs(

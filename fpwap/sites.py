@@ -7,7 +7,7 @@ known from the config and the lengths of the prompts is a `RequestError` here, a
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -86,7 +86,7 @@ def resolve_sites(callback: Callback, family: Family, config: Any) -> tuple[Site
     return tuple(sorted(sites, key=lambda site: order(site, family, config)))
 
 
-def _are_integers(values: object) -> bool:
+def _are_integers(values: object) -> TypeGuard[Sequence[int]]:
     if isinstance(values, str) or not isinstance(values, Iterable):
         return False
     return all(isinstance(value, Integral) and not isinstance(value, bool) for value in values)

@@ -134,8 +134,14 @@ class Sweep:
         with recorder.span("plan"):
             ready = self._prepared
             own = identity.identity(self._request, ready, self._callbacks)
+            finished = self._out is not None and journal.is_finished(self._out, own)
+        if self._out is not None and finished:
+            return Result.open(self._out)
         if not ready.plan.feasible:
             raise RequestError("; ".join(ready.plan.blockers))
+        for callback in self._callbacks:
+            with recorder.span("callback"):
+                callback.on_sweep_start(ready.context)
         if self._out is not None:
             self._run_in(self._out, ready, own, recorder)
             return Result.open(self._out)
@@ -153,16 +159,12 @@ class Sweep:
 
     def _run_in(self, folder: Path, ready: Prepared, own: dict[str, Any], recorder: Recorder) -> None:
         """Leaves a finished run of this identity in ``folder``."""
-        with recorder.span("plan"):
-            if journal.claim(folder, own) == "finished":
-                return
         plan, model = ready.plan, ready.model
         with contextlib.ExitStack() as opened:
             stop = opened.enter_context(Interruptible())
-            for callback in self._callbacks:
-                with recorder.span("callback", "run"):
-                    callback.on_sweep_start(ready.context)
             with recorder.span("finish"):  # opening and closing the parts
+                if journal.claim(folder, own) == "finished":  # by another process, since `run` looked
+                    return
                 store = Store.open(folder, ready.prompts.lengths)
                 opened.callback(store.close)
                 rows = plan.rows if plan.costs.residual else 0
@@ -170,8 +172,8 @@ class Sweep:
                 residual = open_residual(plan.tier, rows, widths, plan.dtype, plan.device, scratch)
                 opened.callback(residual.close)
                 weights = Weights(
-                    model.checkpoint,
-                    model.layout,
+                    ready.checkpoint,
+                    ready.layout,
                     plan.schedule.loads(),
                     resident=max(len(group) for group in plan.schedule.groups),
                     dtype=plan.dtype,

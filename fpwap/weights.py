@@ -88,8 +88,11 @@ class Checkpoint:
         return next((DTYPES[entry.dtype] for entry in self.entries.values() if entry.dtype in DTYPES), None)
 
 
-def shard_names(folder: Path) -> tuple[list[str], dict[str, str] | None]:
-    """The shard files of a folder and, if there is an index, tensor name -> shard. Raises `ModelError`."""
+def shard_names(folder: Path, *, present: bool = True) -> tuple[list[str], dict[str, str] | None]:
+    """The shard files of a folder and, if there is an index, tensor name -> shard.
+
+    present: they must be there. Raises `ModelError`.
+    """
     if (folder / SINGLE).is_file():
         return [SINGLE], None
     if not (folder / INDEX).is_file():
@@ -106,7 +109,7 @@ def shard_names(folder: Path) -> tuple[list[str], dict[str, str] | None]:
             raise ModelError(
                 f"{folder / INDEX} names the shard {name!r}: shards are plain file names in the model folder"
             )
-        if not (folder / name).is_file():
+        if present and not (folder / name).is_file():
             raise ModelError(f"{folder / name} is missing; {INDEX} names it: download the model again")
     return names, claimed
 

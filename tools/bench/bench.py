@@ -11,7 +11,8 @@ length. A percent or two is bf16 in another order of summation; bit-equal is 0.
 
 **The limit.** A token costs two operations for each weight of the linears, whoever computes it; so weights x real
 tokens x 2 / matrix rate is a time below which nobody gets, and "share" is how much of it was reached. The matrix rate
-is measured in the same run, once a round. Padding is not work: what a contender computes on pads counts against it.
+is measured in the same run, once a round, under the same check for noise. Padding is not work: what a contender
+computes on pads counts against it.
 
 **Noise.** A machine that does other things gives figures about those. Each sample is a process of its own, with the
 same number of threads; contenders take turns (A B A B), so that slow drift meets all of them; the median counts. A
@@ -51,17 +52,17 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Case:
-    """Prompts of random tokens: ``mean`` tokens long, lognormal between ``shortest`` and ``longest``."""
+    """Prompts of random tokens: ``mean`` tokens long, lognormal between bounds, of which a missing one is the mean."""
 
     prompts: int
     mean: int
-    shortest: int
-    longest: int
+    shortest: int | None = None
+    longest: int | None = None
 
 
 CASES = {
     "ragged": Case(prompts=256, mean=128, shortest=16, longest=512),
-    "equal": Case(prompts=64, mean=128, shortest=128, longest=128),
+    "equal": Case(prompts=64, mean=128),
 }
 
 
@@ -69,7 +70,8 @@ def draw(case: Case, vocab: int, seed: int) -> list[np.ndarray]:
     """The prompts, int32; the same for the same seed."""
     random = np.random.default_rng(seed)
     centre = np.log(case.mean) - SPREAD**2 / 2
-    lengths = random.lognormal(centre, SPREAD, case.prompts).round().clip(case.shortest, case.longest)
+    lengths = random.lognormal(centre, SPREAD, case.prompts).round()
+    lengths = lengths.clip(case.shortest or case.mean, case.longest or case.mean)
     return [random.integers(0, vocab, int(length), dtype=np.int32) for length in lengths]
 
 
@@ -117,6 +119,19 @@ class Taken:
         return self.cores >= CLEAN * self.threads
 
 
+@dataclass(frozen=True)
+class Rate:
+    """A measurement of the matrix rate, operations per second."""
+
+    rate: float
+    cores: float
+    threads: int
+
+    @property
+    def clean(self) -> bool:
+        return self.cores >= CLEAN * self.threads
+
+
 class Failed(Exception):
     """A process that was started ended with an error; the message ends with its own."""
 
@@ -153,12 +168,12 @@ class Bench:
         sample = Sample(**json.loads(Path(task.answer).read_text()))
         return Taken(spec.text, turn, seconds, self._threads, sample), load_file(task.captured)["captured"]
 
-    def matrix_rate(self) -> float:
-        """Operations per second of this model's matrices, now."""
+    def matrix_rate(self) -> Rate:
+        """What this model's matrices are multiplied at, now."""
         only = ["--only", "gemm", "--dtypes", "bfloat16", "--threads", str(self._threads)]
         printed = self._call(["-m", "tools.bench.limits", str(self._model), *only], "limits")
-        rate: float = json.loads(printed.splitlines()[-1])["gemm"]["bfloat16"]["best"]
-        return rate
+        figures = json.loads(printed.splitlines()[-1])
+        return Rate(figures["gemm"]["bfloat16"]["best"], figures["cores"], self._threads)
 
     def _call(self, arguments: list[str], what: str) -> str:
         done = subprocess.run([sys.executable, *arguments], env=self._env, cwd=ROOT, capture_output=True, text=True)
@@ -220,7 +235,7 @@ def tabulate(results: dict[str, dict[str, Any]], against: str) -> str:
 class Run:
     """What came of all rounds. captured: of each contender's last sample. failed: the error of those that had one."""
 
-    rates: list[float] = field(default_factory=list)
+    rates: list[Rate] = field(default_factory=list)
     taken: dict[str, list[Taken]] = field(default_factory=lambda: defaultdict(list))
     captured: dict[str, Tensor] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
@@ -235,7 +250,7 @@ def play(bench: Bench, wanted: Mapping[Spec, int], more: int) -> Run:
         if spec.text not in run.failed and _missing(run.taken[spec.text], count, more)
     ]:
         run.rates.append(bench.matrix_rate())
-        print(f"round {len(run.rates)}: matrix rate {run.rates[-1] / 1e12:.3f} TFLOP/s", file=sys.stderr)
+        _say(f"round {len(run.rates)}: {run.rates[-1].rate / 1e12:.3f} TFLOP/s", run.rates[-1])
         for spec in left:
             try:
                 sample, run.captured[spec.text] = bench.take(spec, len(run.rates))
@@ -244,9 +259,12 @@ def play(bench: Bench, wanted: Mapping[Spec, int], more: int) -> Run:
                 run.failed[spec.text] = str(error).splitlines()[-1]
                 continue
             run.taken[spec.text].append(sample)
-            flag = "" if sample.clean else "  contended"
-            print(f"  {spec.text:<24}{sample.sample.wall_s:9.2f} s  {sample.cores:.2f} cores{flag}", file=sys.stderr)
+            _say(f"  {spec.text:<24}{sample.sample.wall_s:9.2f} s", sample)
     return run
+
+
+def _say(what: str, measured: Taken | Rate) -> None:
+    print(f"{what}  {measured.cores:.2f} cores{'' if measured.clean else '  contended'}", file=sys.stderr, flush=True)
 
 
 def _missing(taken: Sequence[Taken], wanted: int, more: int) -> bool:
@@ -289,7 +307,8 @@ def main() -> None:
         bench = Bench(model, prompts, args.threads, args.cache, Path(folder))
         run = play(bench, {s: 1 if s.text in args.once else args.rounds for s in args.contenders}, args.more)
 
-    rate = median(run.rates)
+    rates = [r.rate for r in run.rates if r.clean] or [r.rate for r in run.rates]
+    rate, contended = median(rates), "" if any(r.clean for r in run.rates) else " CONTENDED"
     limit_s = 2 * limits.weights_per_token(model) * tokens / rate
     results = {name: summarise(taken, tokens, limit_s) for name, taken in run.taken.items() if taken}
     if args.against in run.captured:
@@ -299,9 +318,9 @@ def main() -> None:
     title = f"{model.name}, {args.case}: {len(prompts)} prompts, {tokens:,} tokens, {args.cache}"
     text = (
         f"{min(lengths)} to {max(lengths)} tokens a prompt, {args.threads} threads, bf16; matrix rate "
-        f"{rate / 1e12:.3f} TFLOP/s ({len(run.rates)} measurements from {min(run.rates) / 1e12:.3f} to "
-        f"{max(run.rates) / 1e12:.3f}), so the limit is {limit_s:.2f} s. speed and differs: against {args.against}."
-        f"\n\n{tabulate(results, args.against)}"
+        f"{rate / 1e12:.3f} TFLOP/s ({len(rates)} measurements from {min(rates) / 1e12:.3f} to "
+        f"{max(rates) / 1e12:.3f}{contended}), so the limit is {limit_s:.2f} s. speed and differs: against "
+        f"{args.against}.\n\n{tabulate(results, args.against)}"
     )
     text += "".join(f"\n\nFAILED {name}: {error}" for name, error in run.failed.items())
     figures = {
@@ -309,7 +328,7 @@ def main() -> None:
         "model": config,
         "case": {"name": args.case, **asdict(case), "tokens": tokens, "seed": args.seed},
         "configuration": {name: getattr(args, name) for name in ("threads", "cache", "rounds", "more", "against")},
-        "matrix_rates": run.rates,
+        "matrix_rates": [asdict(measured) for measured in run.rates],
         "limit_s": limit_s,
         "results": results,
         "failed": run.failed,

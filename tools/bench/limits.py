@@ -17,7 +17,8 @@ once and written once.
 through the page cache; direct ones go past it (``O_DIRECT``). Hot: the same bytes again, copied out of the page cache.
 A host below a virtual machine may cache too, and nothing here can tell.
 
-Medians of repeated calls. Measured alone: a rate taken beside other work is that of half a machine.
+Medians of repeated calls. A rate taken beside other work is that of half a machine: "cores" is how many processors the
+matrices had on average, and below 1.85 of two threads it says nothing about the limit.
 """
 
 import argparse
@@ -30,7 +31,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any, NamedTuple
 
 import torch
@@ -178,6 +179,7 @@ def measure(model: Path, parts: list[str], dtypes: list[str], seconds: float) ->
     if "gemm" in parts:
         figures["gemm"] = {}
         rows = []
+        wall, cpu = perf_counter(), process_time()
         for name in dtypes:
             layers: dict[int, float] = {}
             for height, linear, rate in gemm_rates(model, getattr(torch, name), seconds):
@@ -186,7 +188,9 @@ def measure(model: Path, parts: list[str], dtypes: list[str], seconds: float) ->
                 if linear is None:
                     layers[height] = rate
             figures["gemm"][name] = {"best": max(layers.values()), "by_height": layers}
-        print(report.table(("dtype", "rows", "matrix", "TFLOP/s"), rows), end="\n\n")
+        figures["cores"] = (process_time() - cpu) / (perf_counter() - wall)
+        print(report.table(("dtype", "rows", "matrix", "TFLOP/s"), rows))
+        print(f"\n{figures['cores']:.2f} cores of {figures['threads']} threads\n")
     rates = []
     if "copy" in parts:
         figures["copy"] = copy_rate(seconds)
