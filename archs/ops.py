@@ -86,23 +86,29 @@ def attention(
     ``scale`` multiplies ``q k^T``. ``probabilities`` replaces `softmax_probabilities` where a family's eager attention
     is written differently. Shows ``attn_pattern`` where it is wanted: the probabilities themselves under eager, under
     sdpa a by-product in fp32 from which nothing else is computed.
+
+    At fixed height every prompt is a call of its own: the bits of a batched product depend on how many are in it.
     """
     z = q.new_empty(*q.shape[:-1], v.shape[-1])
     z[batch.tokens :] = 0
     for group in batch.groups:
-        queries, keys, values = (group.sequences(x).transpose(1, 2) for x in (q, k, v))
-        if batch.attention == "eager":
-            keys, values = _repeat(keys, queries), _repeat(values, queries)
-            p = (probabilities or softmax_probabilities)(queries, keys, _additive(batch, group, q.dtype), scale)
-            out = torch.matmul(p, values)
-        else:
-            out = _sdpa(queries, keys, values, None if group.mask is None else _visible(batch, group), scale)
+        whole = tuple(group.sequences(x).transpose(1, 2) for x in (q, k, v, z))
+        calls = [whole] if batch.height is None else zip(*(x.split(1) for x in whole), strict=True)
+        patterns: list[Tensor] = []
+        for queries, keys, values, out in calls:
+            if batch.attention == "eager":
+                keys, values = _repeat(keys, queries), _repeat(values, queries)
+                p = (probabilities or softmax_probabilities)(queries, keys, _additive(batch, group, q.dtype), scale)
+                out.copy_(torch.matmul(p, values))
+            else:
+                out.copy_(_sdpa(queries, keys, values, None if group.mask is None else _visible(batch, group), scale))
+                if tap.wants("attn_pattern"):
+                    exact = _repeat(keys, queries).float()
+                    p = softmax_probabilities(queries.float(), exact, _additive(batch, group, torch.float32), scale)
             if tap.wants("attn_pattern"):
-                exact = _repeat(keys, queries).float()
-                p = softmax_probabilities(queries.float(), exact, _additive(batch, group, torch.float32), scale)
-        if tap.wants("attn_pattern"):
-            tap("attn_pattern", p, group)
-        group.sequences(z).copy_(out.transpose(1, 2))
+                patterns.append(p)
+        if patterns:
+            tap("attn_pattern", torch.cat(patterns), group)
     return z
 
 

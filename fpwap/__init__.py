@@ -5,9 +5,18 @@ layer before the next. See `Sweep`.
 """
 
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+_found = find_spec("archs")
+if _found is None or _found.origin is None or Path(_found.origin).parent.parent != Path(__file__).parent.parent:
+    raise ImportError(
+        f"fpwap needs its own package 'archs' beside it, and Python finds {_found and _found.origin}: "
+        "remove or rename that one, or put fpwap's folder first on the path"
+    )
 
 if TYPE_CHECKING:
     from .callbacks.base import Callback, Emit, LayerArtifact, WriteBack
