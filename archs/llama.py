@@ -47,6 +47,8 @@ class Config:
         keys = Keys(hf)
         hidden, n_heads = keys.size("hidden_size"), keys.size("num_attention_heads")
         head_dim, kv_heads = keys.size("head_dim", hidden // n_heads), keys.size("num_key_value_heads", n_heads)
+        if "head_dim" not in keys and hidden % n_heads:
+            raise ArchError(f"hidden_size {hidden} is not a multiple of num_attention_heads {n_heads}")
         if n_heads % kv_heads:
             raise ArchError(f"num_attention_heads {n_heads} is not a multiple of num_key_value_heads {kv_heads}")
         if head_dim % 2:

@@ -70,7 +70,7 @@ def mlp(
 # --- attention ------------------------------------------------------------------------------------------------------
 
 Probabilities = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-"""``(q [b, h, s, d], k [b, h, s, d], additive mask [b or 1, 1, s, s], scale) -> [b, h, s, s]`` in the dtype of q."""
+"""``(q [b, h, s, d], k [b, h, s, d], additive mask [b, 1, s, s] or [s, s], scale) -> [b, h, s, s]``, dtype of q."""
 
 
 def heads(x: Tensor, width: int) -> Tensor:
@@ -87,15 +87,18 @@ def attention(
     is written differently. Shows ``attn_pattern`` where it is wanted: the probabilities themselves under eager, under
     sdpa a by-product in fp32 from which nothing else is computed.
 
-    At fixed height every prompt is a call of its own: the bits of a batched product depend on how many are in it.
+    At fixed height every prompt is a call of its own, on copies: the bits of a product depend on how many are in the
+    batch, and in fp32 on whether addresses are multiples of 16 bytes.
     """
     z = q.new_empty(*q.shape[:-1], v.shape[-1])
     z[batch.tokens :] = 0
     for group in batch.groups:
         whole = tuple(group.sequences(x).transpose(1, 2) for x in (q, k, v, z))
-        calls = [whole] if batch.height is None else zip(*(x.split(1) for x in whole), strict=True)
+        calls = [whole] if batch.height is None else zip(*(torch.split(x, 1) for x in whole), strict=True)
         patterns: list[Tensor] = []
         for queries, keys, values, out in calls:
+            if batch.height is not None:
+                queries, keys, values = queries.clone(), keys.clone(), values.clone()
             if batch.attention == "eager":
                 keys, values = _repeat(keys, queries), _repeat(values, queries)
                 p = (probabilities or softmax_probabilities)(queries, keys, _additive(batch, group, q.dtype), scale)
@@ -138,24 +141,29 @@ def _repeat(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _visible(batch: Batch, group: Group) -> Tensor:
-    """Bool ``[b or 1, 1, s, s]``: which key each query may see, by causality and padding."""
-    length, device = group.length, batch.ids.device
-    causal = batch.once(
-        ("causal", length), lambda: torch.ones(length, length, dtype=torch.bool, device=device).tril(), shared=True
-    )
-    if group.mask is None:
-        return causal[None, None]
+    """Bool ``[b, 1, s, s]``: which key each query may see, by causality and padding."""
+    assert group.mask is not None
     key = group.mask[:, None, None, :]
-    return batch.once(("visible", group.start), lambda: causal & key)
+    return batch.once(("visible", group.start), lambda: _causal(batch, group.length) & key)
+
+
+def _causal(batch: Batch, length: int) -> Tensor:
+    """Bool ``[s, s]``: a corner of a larger one that other lengths share, as one for each would not fit."""
+    side, device = 1 << (length - 1).bit_length(), batch.ids.device
+    square = batch.once(
+        ("causal", side), lambda: torch.ones(side, side, dtype=torch.bool, device=device).tril(), shared=True
+    )
+    return square[:length, :length]
 
 
 def _additive(batch: Batch, group: Group, dtype: torch.dtype) -> Tensor:
-    """The same as 0 and ``finfo(dtype).min``, HF's eager mask."""
+    """The same as 0 and ``finfo(dtype).min``, HF's eager mask: ``[b, 1, s, s]``, or ``[s, s]`` without padding."""
 
-    def build() -> Tensor:
-        visible = _visible(batch, group)
+    def build(visible: Tensor) -> Tensor:
         return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
 
-    if group.mask is None:
-        return batch.once(("additive", group.length, dtype), build, shared=True)
-    return batch.once(("additive", group.start, dtype), build)
+    if group.mask is not None:
+        return batch.once(("additive", group.start, dtype), lambda: build(_visible(batch, group)))
+    side = 1 << (group.length - 1).bit_length()
+    square = batch.once(("additive", side, dtype), lambda: build(_causal(batch, side)), shared=True)
+    return square[: group.length, : group.length]

@@ -38,7 +38,7 @@ class Rope:
     @classmethod
     def from_hf(cls, keys: Keys, dim: int, max_positions: int, theta: float = 10000.0) -> "Rope":
         """From ``rope_parameters`` (transformers 5) or ``rope_scaling`` and ``rope_theta`` (before)."""
-        scaled = keys.nested("rope_scaling" if "rope_scaling" in keys else "rope_parameters")
+        scaled = keys.nested("rope_scaling" if keys.get("rope_scaling") else "rope_parameters")
         for name in ("rope_scaling", "rope_parameters"):
             keys.get(name)
         theta = scaled.number("rope_theta", keys.number("rope_theta", theta))
@@ -47,12 +47,12 @@ class Rope:
         if scaled.number("partial_rotary_factor", keys.number("partial_rotary_factor", 1.0)) != 1.0:
             raise ArchError("partial_rotary_factor is not supported by this family")
         rope = cls(kind=kind, dim=dim, theta=theta, max_positions=max_positions)
-        original = keys.get("original_max_position_embeddings")
+        stored = scaled.size("original_max_position_embeddings", max_positions)
+        original = keys.size("original_max_position_embeddings", stored)
         if kind in ("linear", "dynamic"):
             rope = dataclasses.replace(rope, factor=scaled.number("factor"))
         if kind in ("llama3", "yarn"):
-            stored = scaled.size("original_max_position_embeddings", max_positions)
-            rope = dataclasses.replace(rope, original=original or stored)
+            rope = dataclasses.replace(rope, original=original)
         if kind == "llama3":
             rope = dataclasses.replace(
                 rope,
@@ -62,7 +62,7 @@ class Rope:
             )
         if kind == "yarn":
             rope = rope._yarn(scaled)
-        scaled.finish({"original_max_position_embeddings", "factor"})
+        scaled.finish({"factor"})
         return rope
 
     def _yarn(self, scaled: Keys) -> "Rope":
@@ -71,13 +71,13 @@ class Rope:
         def mscale(weight: float) -> float:
             return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-        num, den = scaled.get("mscale"), scaled.get("mscale_all_dim")
+        num, den = scaled.number("mscale", 0.0), scaled.number("mscale_all_dim", 0.0)
         return dataclasses.replace(
             self,
             factor=factor,
             attention_factor=scaled.number("attention_factor", mscale(num) / mscale(den) if num and den else mscale(1)),
-            beta_fast=scaled.get("beta_fast") or 32.0,
-            beta_slow=scaled.get("beta_slow") or 1.0,
+            beta_fast=scaled.number("beta_fast", 32.0) or 32.0,
+            beta_slow=scaled.number("beta_slow", 1.0) or 1.0,
             truncate=scaled.flag("truncate", True),
         )
 
@@ -143,8 +143,7 @@ def rotary(rope: Rope, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor
         cos[batch.tokens :] = 1
         sin = torch.zeros_like(cos)
         for group in batch.groups:
-            size = (group.length, group.longest)
-            table = batch.once((rope, dtype, size), lambda size=size: tables(*size), shared=True)  # type: ignore[misc]
+            table = tables(group.length, group.longest)  # not shared: one for every length would not fit
             cos[group.rows], sin[group.rows] = (part[batch.positions[group.rows]] for part in table)
         return cos, sin
 

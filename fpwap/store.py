@@ -134,6 +134,13 @@ def sealed(manifest: Mapping[str, Any]) -> bytes:
     return _json({**body, "digest": xxh3_128_hexdigest(_json(body))})
 
 
+def as_bytes(values: Tensor) -> np.ndarray:
+    """The bytes of a CPU tensor in row-major order, uint8 ``[nbytes]``; shares its memory if that is contiguous."""
+    # the new last dimension has stride 1 whatever the others have; torch counts a stray stride of a dimension of size 1
+    # as contiguous and then refuses to view it as bytes
+    return values.contiguous().unsqueeze(-1).view(torch.uint8).numpy().reshape(-1)
+
+
 def _json(value: object) -> bytes:
     return json.dumps(value, indent=1).encode() + b"\n"
 
@@ -296,8 +303,10 @@ class Store:
         if (output.times[ids] > 1).any():
             again = ids[output.times[ids] > 1][0]
             raise StoreError(f"{output.file.path}: {record}: sample {again} was written twice")
-        rows = values.contiguous().reshape(len(ids), size // record.dtype.itemsize).view(torch.uint8).numpy()
-        output.digests[ids] = np.frombuffer(b"".join(map(xxh3_128_digest, rows)), np.uint8).reshape(-1, 16)
+        rows = as_bytes(values).reshape(len(ids), size)
+        output.digests[ids] = np.frombuffer(b"".join(xxh3_128_digest(row.data) for row in rows), np.uint8).reshape(
+            -1, 16
+        )
         if output.assembled is not None:
             output.assembled[ids] = rows
             return
@@ -313,11 +322,9 @@ class Store:
             meta = json.loads(json.dumps(artifact.meta))
         except (TypeError, ValueError) as error:
             raise CallbackError(f"{where}: an artifact's meta must be JSON: {error}") from error
-        tensors = {name: tensor.detach().cpu().reshape(-1).contiguous() for name, tensor in artifact.tensors.items()}
-        plan = layout({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in artifact.tensors.items()}, where)
-        entry = self._put(
-            file, memoryview(plan.header), *(tensors[name].view(torch.uint8).numpy().data for name in plan.starts)
-        )
+        tensors = {name: tensor.detach().cpu() for name, tensor in artifact.tensors.items()}
+        plan = layout({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, where)
+        entry = self._put(file, memoryview(plan.header), *(as_bytes(tensors[name]).data for name in plan.starts))
         self._artifacts.append({"layer": layer, "hook": hook, "name": artifact.name, **entry, "meta": meta})
 
     def put_json(self, name: str, value: object) -> None:

@@ -28,7 +28,7 @@ from .progress import Progress, ProgressEvent
 from .residual import open_residual
 from .result import Result
 from .store import Store
-from .taps import Taps
+from .taps import Blame, Taps
 from .weights import Weights
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -140,7 +140,7 @@ class Sweep:
         if not ready.plan.feasible:
             raise RequestError("; ".join(ready.plan.blockers))
         for callback in self._callbacks:
-            with recorder.span("callback"):
+            with recorder.span("callback"), Blame(callback, "on_sweep_start"):
                 callback.on_sweep_start(ready.context)
         if self._out is not None:
             self._run_in(self._out, ready, own, recorder)
@@ -208,7 +208,7 @@ class Sweep:
                 )
             )
             for callback in self._callbacks:
-                with recorder.span("callback", "run"):
+                with recorder.span("callback", "run"), Blame(callback, "on_sweep_end"):
                     callback.on_sweep_end()
             with recorder.span("finish"):
                 for part in (progress, weights, residual):

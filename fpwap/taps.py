@@ -26,6 +26,9 @@ from .schedule import Stage
 from .sites import PHASES, where
 from .store import Record
 
+LEAVING = frozenset({"embedding", "residual_post", "final_norm"})
+"""Hooks at which the residual stream leaves a stage: there, and at the last wanted site, it is checked to be finite."""
+
 
 class Reached(Exception):
     """The last wanted site is behind us; not an error."""
@@ -93,7 +96,7 @@ class Taps:
     def start_layer(self, layer: int | None) -> None:
         """`on_layer_start` of everybody who targets it; None stands for the model-level hooks."""
         for callback, sites in self._of_layer(layer):
-            with self.span("callback"), _Blame(callback, "on_layer_start", sites[0]):
+            with self.span("callback"), Blame(callback, "on_layer_start", sites[0]):
                 callback.on_layer_start(layer)
 
     def end_layer(self, layer: int | None) -> list[tuple[Site, LayerArtifact]]:
@@ -106,7 +109,7 @@ class Taps:
                 )
         artifacts: list[tuple[Site, LayerArtifact]] = []
         for callback, sites in self._of_layer(layer):
-            with self.span("callback"), _Blame(callback, "on_layer_end", sites[0]):
+            with self.span("callback"), Blame(callback, "on_layer_end", sites[0]):
                 made = callback.on_layer_end(layer)
                 for artifact in [made] if isinstance(made, LayerArtifact) else list(made or ()):
                     artifacts.append((_site_of(artifact, sites), artifact))
@@ -116,10 +119,15 @@ class Taps:
 
     def call(self, callback: Callback, site: Site, acts: Tensor, view: View) -> Tensor | None:
         """Shows ``acts`` to a callback; returns what it wrote back."""
-        with self.span("callback"), _Blame(callback, "on_batch", site, view):
+        self.check()
+        with self.span("callback"), Blame(callback, "on_batch", site, view):
             returned = callback.on_batch(site[0], site[1], acts, view.sample_ids)
+            parts = returned if isinstance(returned, tuple) else () if returned is None else (returned,)
+            names = [part.name for part in parts if isinstance(part, Emit)]
+            if len(set(names)) < len(names):
+                raise _Wrong("emitted two outputs of one name at once; give them different names")
             written: Tensor | None = None
-            for part in returned if isinstance(returned, tuple) else () if returned is None else (returned,):
+            for part in parts:
                 if isinstance(part, Emit):
                     self._emit(callback, site, part, view)
                 elif isinstance(part, WriteBack):
@@ -191,28 +199,30 @@ class Taps:
         if pieces:
             yield (torch.cat(parts) if parts else None), pieces
 
-    def show_logits(self, value: Tensor, pieces: Iterable[Piece]) -> None:
+    def show_logits(self, value: Tensor, pieces: Sequence[Piece]) -> None:
         """``value [rows, vocab]`` of one chunk, to everybody at "logits"."""
         site: Site = (None, "logits")
+        self.check_finite(value, site, ((piece.view, piece.rows) for piece in pieces))
         for piece in pieces:
             for callback in self.on(site):
-                self.check()
                 chosen = [piece.positions.index(p) for p in resolve(callback.positions, piece.view.length)]
                 self.call(callback, site, value[piece.rows[:, chosen]], piece.view)
 
     # --- non-finite values ---
 
-    def check_finite(self, x: Tensor, stage: Stage, microbatch: Microbatch) -> None:
-        """Raises `NonFiniteError` naming stage and prompt if a real row of the residual stream is infinite or NaN."""
-        if torch.isfinite(x.sum(dtype=torch.float32)):
+    def check_finite(self, value: Tensor, site: Site, places: Iterable[tuple[View, Tensor]]) -> None:
+        """Raises `NonFiniteError` naming site and prompt if a real row is infinite or NaN.
+
+        places: the prompts whose rows are in ``value``, and which.
+        """
+        if torch.isfinite(value.sum(dtype=torch.float32)):
             return
-        for view in microbatch.views:
-            finite = torch.isfinite(x[_row_index(view)]).flatten(1).all(1).cpu()
+        for view, rows in places:
+            finite = torch.isfinite(value[rows]).flatten(1).all(1).cpu()
             if not finite.all():
-                sample = int(view.sample_ids[~finite][0])
                 raise NonFiniteError(
-                    f"the residual stream of sample {sample} is not finite after {stage.kind} {stage.label}; "
-                    f"{x.dtype} may not be wide enough for this model: try dtype='bfloat16' or 'float32'"
+                    f"sample {int(view.sample_ids[~finite][0])} is not finite at {where(site)}; "
+                    f"{value.dtype} may not be wide enough for this model: try dtype='bfloat16' or 'float32'"
                 )
 
 
@@ -230,13 +240,16 @@ class StageTap:
         taps, site = self._taps, (self._stage.layer, hook)
         taps.check()
         callbacks = taps.on(site)
-        if not callbacks:
-            return value
-        if group is not None:
+        if callbacks and group is not None:
             self._show_pattern(site, callbacks, value, group)
-        else:
+        elif callbacks:
             value = self._show_rows(site, callbacks, value)
-        if site == taps.last and (group is None or self._pattern_rows == self._microbatch.groups[-1].rows.stop):
+        last = site == taps.last and (group is None or self._pattern_rows == self._microbatch.groups[-1].rows.stop)
+        if group is None and (last or hook in LEAVING):
+            rows = self._microbatch.rows
+            places = ((view, _row_index(view)) for view in self._microbatch.views)
+            taps.check_finite(value[: rows.stop - rows.start], site, places)
+        if last:
             raise Reached
         return value
 
@@ -319,21 +332,23 @@ def _checked(part: WriteBack, callback: Callback, acts: Tensor) -> Tensor:
 
 
 class _Wrong(Exception):
-    """What a callback did wrong, said by us; `_Blame` adds who and where."""
+    """What a callback did wrong, said by us; `Blame` adds who and where."""
 
 
-class _Blame(AbstractContextManager[None]):
+class Blame(AbstractContextManager[None]):
     """Turns whatever a callback raises into a `CallbackError` that names it, its site and the samples."""
 
-    def __init__(self, callback: Callback, method: str, site: Site, view: View | None = None) -> None:
+    def __init__(self, callback: Callback, method: str, site: Site | None = None, view: View | None = None) -> None:
         self._callback, self._method, self._site, self._view = callback, method, site, view
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None or isinstance(error, FpwapError) or not isinstance(error, Exception):
             return
-        who = f"{type(self._callback).__name__}.{self._method}"
-        ids = [] if self._view is None else self._view.sample_ids[:5].tolist()
-        samples = f", samples {ids}{'...' if self._view is not None and len(self._view.sample_ids) > 5 else ''}"
+        words = f"{type(self._callback).__name__}.{self._method}"
+        if self._site is not None:
+            words += f" at {where(self._site)}"
+        if self._view is not None:
+            ids = self._view.sample_ids
+            words += f", samples {ids[:5].tolist()}{'...' * (len(ids) > 5)}"
         what = str(error) if isinstance(error, _Wrong) else f"raised {type(error).__name__}: {error}"
-        at = f"{where(self._site)}{samples if ids else ''}"
-        raise CallbackError(f"{who} at {at}: {what}") from error
+        raise CallbackError(f"{words}: {what}") from error

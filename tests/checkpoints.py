@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 Head = Literal["own", "tied", "other", "alone"]
-"""own: untied. tied: only the embedding is stored. other: tied in the config, yet a different head is stored (it counts).
-alone: tied, and only the head is stored (it is the embedding too)."""
+"""own: untied. tied: only the embedding is stored. other: tied in the config, yet a different head is stored, which
+counts. alone: tied, and only the head is stored, which is the embedding too."""
 
 VOCAB = 97
 LONGEST = 24
@@ -37,7 +37,7 @@ class Variant:
     """
 
     family: Literal["llama", "gpt2"] = "llama"
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
     gain: float = 1.6
     dtype: torch.dtype = torch.float32
     head: Head = "own"
@@ -47,7 +47,7 @@ class Variant:
     legacy: bool = False
 
 
-BASE: Mapping[str, Mapping[str, Any]] = {
+BASE: Mapping[str, dict[str, Any]] = {
     "llama": {
         "vocab_size": VOCAB,
         "hidden_size": 60,
@@ -88,7 +88,7 @@ VARIANTS: Mapping[str, Variant] = {
     "llama": Variant(),
     "llama_gqa": Variant(config=GQA, shard="60KB"),
     "llama_mqa": Variant(config={"num_key_value_heads": 1}, dtype=torch.bfloat16),
-    "llama_head_dim": Variant(config={"head_dim": 16, "num_key_value_heads": 3}),
+    "llama_head_dim": Variant(config={"head_dim": 14, "num_attention_heads": 5, "num_key_value_heads": 1}),
     "llama_attention_bias": Variant(config=GQA | {"attention_bias": True}, dtype=torch.float16),
     "llama_mlp_bias": Variant(config=GQA | {"mlp_bias": True}),
     "llama_tied": Variant(config=GQA, head="tied"),

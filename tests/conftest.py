@@ -1,4 +1,7 @@
-"""Options of the suite: ``--device`` runs it somewhere else than on the CPU."""
+"""Options of the suite: ``--device`` runs it somewhere else than on the CPU. Tiny checkpoints, made once."""
+
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -11,3 +14,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def device(request: pytest.FixtureRequest) -> str:
     chosen: str = request.config.getoption("--device")
     return chosen
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of one of `checkpoints.VARIANTS`, made at the first call; not for writing."""
+    from checkpoints import VARIANTS, write  # brings transformers, which most tests do without
+
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = write(VARIANTS[name], tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return folder

@@ -22,6 +22,7 @@ from transformers.models.llama import modeling_llama
 from archs.contract import MODEL_HOOKS, READ_ONLY_HOOKS, SEQUENTIAL_HOOKS
 from fpwap import Callback, Result, Sweep
 from fpwap.callbacks.base import Layers, Phase, Site
+from fpwap.result import Ragged
 
 HOOKS = (*SEQUENTIAL_HOOKS, *MODEL_HOOKS)
 WRITABLE = tuple(hook for hook in HOOKS if hook not in READ_ONLY_HOOKS)
@@ -109,6 +110,20 @@ def run(folder: Path, dataset: Any, *callbacks: Callback, **request: Any) -> Res
     return Sweep(folder, dataset, callbacks=callbacks, **{"progress": False, **request}).run()
 
 
+def flat(result: Result, layer: int | None, hook: str = "residual_post", name: str | None = None) -> Tensor:
+    """All tokens' rows of a per-token output ``[T, *rest]``."""
+    ragged = result.activations(layer, hook, name)
+    assert isinstance(ragged, Ragged)
+    return ragged.flat
+
+
+def pooled(result: Result, layer: int | None, hook: str = "residual_post", name: str | None = None) -> Tensor:
+    """A per-prompt output ``[N, *rest]``."""
+    rows = result.activations(layer, hook, name)
+    assert isinstance(rows, Tensor)
+    return rows
+
+
 def only(kept: Kept, sample: int) -> Kept:
     """One prompt's part, as if it had been the only one."""
     return {site: {0: rows[sample]} for site, rows in kept.items()}
@@ -116,7 +131,11 @@ def only(kept: Kept, sample: int) -> Kept:
 
 def differences(found: Kept, expected: Kept) -> list[str]:
     """Where two records of the same sites and prompts differ in a bit; the shape behind a token may be folded."""
-    lines = [f"{site}: {len(found.get(site, {}))} prompts" for site in expected if found.get(site, {}).keys() != expected[site].keys()]
+    lines = [
+        f"{site}: {len(found.get(site, {}))} prompts"
+        for site in expected
+        if found.get(site, {}).keys() != expected[site].keys()
+    ]
     lines += [f"{site} was not expected" for site in found.keys() - expected.keys()]
     for site in found.keys() & expected.keys():
         for sample in found[site].keys() & expected[site].keys():

@@ -218,7 +218,7 @@ def _plain(value: Any) -> Any:
             return float(value)
         case Tensor():
             data = value.detach().cpu().contiguous()
-            digest = xxh3_128_hexdigest(data.reshape(-1).view(torch.uint8).numpy().data)
+            digest = xxh3_128_hexdigest(data.unsqueeze(-1).view(torch.uint8).numpy().reshape(-1).data)
             return f"{data.dtype} {list(data.shape)} xxh3_128 {digest}"
         case torch.dtype() | torch.device():
             return str(value)
