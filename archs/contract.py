@@ -48,7 +48,8 @@ MUST_BE_OFF = (
 ).split()
 """Keys that change the forward pass of any family; tolerated only where they are off (false, null or empty)."""
 
-LARGEST = 2**31 - 1
+LARGEST, MOST_LAYERS = 2**31 - 1, 10_000
+"""Bounds of what a config may ask for."""
 
 
 class Keys:
@@ -73,11 +74,11 @@ class Keys:
             raise ArchError(f"{self._where}: {key!r} must be {kind}, not {value!r}")
         return value
 
-    def size(self, key: str, default: int | None = None) -> int:
-        """An integer from 1 to 2**31 - 1."""
+    def size(self, key: str, default: int | None = None, most: int = LARGEST) -> int:
+        """An integer from 1 to ``most``."""
         value: int = self._checked(key, default, (int,), "a positive integer")
-        if not 1 <= value <= LARGEST:
-            raise ArchError(f"{self._where}: {key!r} must be a positive integer below 2**31, not {value!r}")
+        if not 1 <= value <= most:
+            raise ArchError(f"{self._where}: {key!r} must be an integer from 1 to {most}, not {value!r}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

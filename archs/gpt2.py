@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .batch import Batch
-from .contract import RESIDUAL_HOOKS, SEQUENTIAL_HOOKS, ArchError, Family, Keys, Tap, source
+from .contract import MOST_LAYERS, RESIDUAL_HOOKS, SEQUENTIAL_HOOKS, ArchError, Family, Keys, Tap, source
 from .ops import ACTIVATIONS, attention, heads, layer_norm, mlp
 
 # --- config ---------------------------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ class Config:
         if hidden % n_heads:
             raise ArchError(f"n_embd {hidden} is not a multiple of n_head {n_heads}")
         config = cls(
-            layers=keys.size("n_layer", 12),
+            layers=keys.size("n_layer", 12, most=MOST_LAYERS),
             hidden=hidden,
             heads=n_heads,
             mlp_width=keys.size("n_inner", 4 * hidden),

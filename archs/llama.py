@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .batch import Batch
-from .contract import RESIDUAL_HOOKS, SEQUENTIAL_HOOKS, ArchError, Family, Keys, Tap, source
+from .contract import MOST_LAYERS, RESIDUAL_HOOKS, SEQUENTIAL_HOOKS, ArchError, Family, Keys, Tap, source
 from .ops import ACTIVATIONS, attention, heads, mlp, rms_norm
 from .rope import Rope, rotary, rotate
 
@@ -54,7 +54,7 @@ class Config:
         if head_dim % 2:
             raise ArchError(f"head_dim {head_dim} is odd: rotary embedding needs pairs")
         config = cls(
-            layers=keys.size("num_hidden_layers"),
+            layers=keys.size("num_hidden_layers", most=MOST_LAYERS),
             hidden=hidden,
             heads=n_heads,
             kv_heads=kv_heads,

@@ -130,11 +130,11 @@ def _forward(parts: Parts, stage: Stage, w: Any, x: Tensor, batch: Batch, microb
 def _logits(parts: Parts, w: Any, x: Tensor, batch: Batch, microbatch: Microbatch) -> None:
     """Logits of the wanted rows only, a chunk at a time."""
     height = batch.height
-    for rows, pieces in parts.taps.head_chunks(microbatch, height):
-        wanted = x if rows is None else x[rows]
+    for chunk in parts.taps.head_chunks(microbatch, height):
+        wanted = x if chunk.rows is None else x[chunk.rows]
         if height is not None and len(wanted) % height:
             wanted = torch.cat((wanted, wanted.new_zeros(-len(wanted) % height, wanted.shape[1])))
-        parts.taps.show_logits(parts.family.unembed(wanted, w, parts.config, batch), pieces)
+        parts.taps.show_logits(parts.family.unembed(wanted, w, parts.config, batch), chunk)
 
 
 def _commit(parts: Parts, layer: int | None) -> None:

@@ -21,7 +21,7 @@ class HubError(FpwapError, OSError):
     """The model is not to be had: not a folder, not on the hub, gated, offline."""
 
 
-class CallbackError(FpwapError, RuntimeError):
+class CallbackError(FpwapError, ValueError):
     """A callback raised, or returned what its site does not allow; names layer, hook, callback and sample ids."""
 
 

@@ -3,23 +3,24 @@
 Budgets, tiers, group sizes and progress are not in it: they change no bit. Times are never evidence.
 """
 
-import hashlib
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from xxhash import xxh3_128
 
 from . import __version__
-from .callbacks.base import Callback
+from .callbacks.base import Callback, code_of
 from .errors import RequestError
 from .plan import Plan
 from .prepare import Prepared, Request
 
 NUMERICS_VERSION = 1
 """Raised by every change that may change bits."""
+OPAQUE = "opaque"
 RESOLVED = ("target_layers", "target_hooks", "phase", "positions")
 """Of a callback's config: said in resolved form, so that layer -1 is the last one by its number."""
 
@@ -30,16 +31,17 @@ def identity(request: Request, ready: Prepared, callbacks: Sequence[Callback]) -
     own: dict[str, Any] = {
         "numerics_version": NUMERICS_VERSION,
         "model": {
-            "name": model.files.name,
+            "name": model.files.name if model.files.commit else str(model.files.folder),
             "commit": model.files.commit,
             "family": model.family.name,
             "config": dict(model.raw),
-            "shards": {shard: _shard(model.files.folder / shard) for shard in ready.checkpoint.shards},
+            "shards": ready.checkpoint.content(),
         },
         "dataset": {
             "prompts": ready.prompts.n,
             "tokens": ready.prompts.total_tokens,
             "digest": ready.prompts.digest(),
+            "metadata": _metadata(ready.prompts.metadata),
             "seq_len": request.seq_len,
             "truncation": request.truncation,
         },
@@ -53,6 +55,7 @@ def identity(request: Request, ready: Prepared, callbacks: Sequence[Callback]) -
         "callbacks": [
             {
                 "class": f"{type(callback).__module__}.{type(callback).__qualname__}",
+                "code": code_of(type(callback)),
                 "phase": callback.phase,
                 "positions": callback.positions if isinstance(callback.positions, str) else list(callback.positions),
                 "sites": [list(site) for site in own],
@@ -84,12 +87,28 @@ def manifest(identity: dict[str, Any], plan: Plan) -> dict[str, Any]:
     }
 
 
-def _shard(path: Any) -> dict[str, Any]:
-    """Size and the digest of the header: names, shapes and offsets of all tensors."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = file.read(length)
-    return {"bytes": path.stat().st_size, "header": hashlib.sha256(header).hexdigest()}
+def opaque(identity: dict[str, Any]) -> str | None:
+    """What of a run has no identity beyond this process, in words; such a run is never taken for a finished one."""
+    if identity["dataset"]["metadata"] == OPAQUE:
+        return "the samples' metadata is not JSON"
+    for callback in identity["callbacks"]:
+        names = callback["config"].get("opaque")
+        if names:
+            return f"{callback['class']} has attributes that are not JSON: {', '.join(names)}"
+    return None
+
+
+def _metadata(samples: Sequence[Mapping[str, Any]] | None) -> str | None:
+    """Digest of the samples' metadata, where a callback asks for it."""
+    if samples is None:
+        return None
+    digest = xxh3_128()
+    try:
+        for sample in samples:
+            digest.update(json.dumps(sample, sort_keys=True).encode())
+    except TypeError:
+        return OPAQUE
+    return digest.hexdigest()
 
 
 def _name(dtype: torch.dtype) -> str:

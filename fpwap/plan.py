@@ -157,7 +157,7 @@ def make_plan(
         memory_free=memory_free,
         disk_bytes=disk,
         disk_free=disk_free,
-        blockers=tuple(_blockers(tier, memory, memory_free, disk, disk_free)),
+        blockers=tuple(_blockers(costs, held, memory, memory_free, disk, disk_free)),
     )
 
 
@@ -176,14 +176,17 @@ def _tier(asked: str, need: int, device: torch.device, memory_free: int) -> Tier
     return "ram" if need <= memory_free // 2 else "disk"
 
 
-def _blockers(tier: Tier, memory: int, memory_free: int, disk: int, disk_free: int) -> Iterator[str]:
+def _blockers(costs: Costs, held: int, memory: int, memory_free: int, disk: int, disk_free: int) -> Iterator[str]:
     """What does not fit, each with the number to change."""
     if memory > memory_free:
-        advice = "" if tier == "disk" else "; residual='disk' moves the residual stream out of it"
-        yield (
-            f"{size(memory)} of RAM are needed and {size(memory_free)} are free: lower microbatch_tokens, "
-            f"or send fewer prompts at a time{advice}"
-        )
+        terms = {
+            f"the residual stream ({size(held)}): residual='disk' moves it out": held,
+            f"callbacks' state ({size(costs.states)}): fewer layers at a time, or fewer components": costs.states,
+            f"a microbatch's tensors ({size(costs.microbatch)}): lower the microbatch's size": costs.microbatch,
+            f"weights ({size(costs.resident)}): lower layers_per_visit": costs.resident,
+        }
+        largest = max(terms, key=lambda term: terms[term])
+        yield f"{size(memory)} of RAM are needed and {size(memory_free)} are free; most of it is {largest}"
     if disk > disk_free:
         yield (
             f"{size(disk)} of disk are needed and {size(disk_free)} are free: free {size(disk - disk_free)}, "

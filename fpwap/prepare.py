@@ -6,7 +6,7 @@ Config, headers and lengths in; sites, token table and plan out. No tensor is re
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,13 +18,14 @@ from archs.batch import Attention
 from archs.contract import ArchError, Family
 
 from . import hub, machine
-from .callbacks.base import Callback
+from .callbacks.base import Callback, Declared, Site
 from .context import SweepContext
-from .errors import ModelError, RequestError
+from .errors import CallbackError, ModelError, RequestError
 from .plan import Costs, Plan, make_plan, tile_height
-from .prompts import Prompts, TokenTable, arrange, ingest
+from .prompts import Prompts, TokenTable, arrange
 from .schedule import Schedule, Stage, group_stages
-from .sites import Targets, bind, check_positions, stage_of
+from .sites import Targets, bind, check_positions, stage_of, where
+from .store import Record
 from .weights import DTYPES, INDEX, SINGLE, Checkpoint, Layout, lay_out, shard_names
 
 MICROBATCH_HEIGHTS = 4
@@ -94,8 +95,12 @@ def open_checkpoint(model: Model) -> tuple[Checkpoint, Layout]:
     return checkpoint, lay_out(checkpoint, model.family, model.config)
 
 
-def prepare(request: Request, dataset: Iterable[Any], callbacks: Sequence[Callback], out: Path | None) -> Prepared:
-    """Everything up to the plan; the dataset is iterated once. Raises `FpwapError`s; the plan may be infeasible.
+def prepare(
+    request: Request, ingest: Callable[..., Prompts], callbacks: Sequence[Callback], out: Path | None
+) -> Prepared:
+    """Everything up to the plan. Raises `FpwapError`s; the plan may be infeasible.
+
+    ingest: `fpwap.prompts.ingest` of the user's dataset, to be told the limits.
 
     What can be refused by the config or the dataset is refused before a shard is downloaded.
     """
@@ -108,7 +113,6 @@ def prepare(request: Request, dataset: Iterable[Any], callbacks: Sequence[Callba
         raise RequestError(f"attn_implementation {attention!r} is not one of {family.name}'s: it has {have}")
     device = _device(request.device)
     prompts = ingest(
-        dataset,
         vocab=config.vocab,
         seq_len=request.seq_len,
         max_positions=config.max_positions,
@@ -176,12 +180,10 @@ def prepare(request: Request, dataset: Iterable[Any], callbacks: Sequence[Callba
 
 def _stored_dtype(model: Model, checkpoint: Checkpoint) -> torch.dtype:
     """HF's rule: what the config names, else the first floating tensor's."""
-    named = model.raw.get("dtype") or model.raw.get("torch_dtype")
-    if named is None:
-        return checkpoint.first_floating() or torch.bfloat16
+    named = model.raw.get("dtype") or model.raw.get("torch_dtype") or checkpoint.first_floating() or torch.bfloat16
     dtype = getattr(torch, str(named).removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype) or dtype not in COMPUTED:
-        raise ModelError(f"{model.files.name}: config.json names the dtype {named!r}; pass dtype='bfloat16' or another")
+        raise ModelError(f"{model.files.name} is made for {named}, which is not computed in: pass dtype='float32'")
     return dtype
 
 
@@ -214,6 +216,21 @@ def _schedule(targets: Targets, model: Model, size: int, table: TokenTable) -> S
     return Schedule(group_stages(layers, norm=stage.layer is None, head=stage.kind == "head", size=size), waves)
 
 
+def _check_name(callback: Callback, site: Site, declared: Declared, names: set[str]) -> None:
+    """An output's file name is good and its own. Raises `RequestError`."""
+    if declared.name is None:
+        return  # the store finds one
+    layer, hook = site
+    record = Record(layer, hook, declared.name, declared.per, declared.rest, declared.dtype)
+    try:
+        file = record.file
+    except CallbackError as error:
+        raise RequestError(f"{type(callback).__name__}: {error}") from error
+    if file in names:
+        raise RequestError(f"{type(callback).__name__}: there are two outputs named {declared.name!r} at {where(site)}")
+    names.add(file)
+
+
 def _costs(
     layout: Layout,
     callbacks: Sequence[Callback],
@@ -225,10 +242,13 @@ def _costs(
     """What the sweep will read, hold and put out. Raises `RequestError` from callbacks that cannot work so."""
     config, itemsize = context.config, context.dtype.itemsize
     outputs = 0
+    names: set[str] = set()
     states: Counter[Stage] = Counter()  # of a layer's callbacks, until the layer ends
     for callback, own in zip(callbacks, targets.bound, strict=True):
         declared = callback.declare(context)
         for layer, hook in own:
+            if hook in declared:
+                _check_name(callback, (layer, hook), declared[hook], names)
             states[stage_of((layer, hook))] += callback.state_bytes(context, layer, hook)
             if hook in declared:
                 out = declared[hook]

@@ -29,6 +29,7 @@ class Step(NamedTuple):
     """One visit: these stages, on this microbatch of the token table, of this wave.
 
     first, last: whether it is the group's first or last visit of the wave: weights come before, commits after.
+    sweep_pass, variant: constant today; several passes, or several variants of a model over one pass of its weights.
     """
 
     wave: int
@@ -36,6 +37,8 @@ class Step(NamedTuple):
     microbatch: int
     first: bool
     last: bool
+    sweep_pass: int = 0
+    variant: str | None = None
 
 
 @dataclass(frozen=True)

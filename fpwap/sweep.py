@@ -25,6 +25,7 @@ from .plan import Plan
 from .prepare import COMPUTED, Prepared, Request, prepare
 from .profile import Recorder
 from .progress import Progress, ProgressEvent
+from .prompts import Prompts, ingest
 from .residual import open_residual
 from .result import Result
 from .store import Store
@@ -77,6 +78,7 @@ class Sweep:
         residual: Literal["auto", "device", "ram", "disk"] = "auto",
         attn_implementation: Attention | None = None,
         layers_per_visit: int = 1,
+        verify: bool = False,
         progress: bool | Callable[[ProgressEvent], None] = True,
     ) -> None:
         given = {"batching": batching, "truncation": truncation, "residual": residual}
@@ -101,7 +103,12 @@ class Sweep:
             raise RequestError("the same callback object is given twice; make two")
         if not self._callbacks:
             raise RequestError("no callbacks: a sweep computes what callbacks ask for; try RawActivations(layers=[-1])")
+        if not (isinstance(progress, bool) or callable(progress)):
+            raise RequestError(f"progress must be True, False or a callable, not {progress!r}")
+        if verify:
+            raise RequestError("verify=True is not available in this version; compare with batching='padded' instead")
         self._dataset, self._progress = dataset, progress
+        self._ingested: Prompts | Exception | None = None
         self._out = None if out is None else Path(out)
         self._request = Request(
             model=str(model),
@@ -136,6 +143,11 @@ class Sweep:
             own = identity.identity(self._request, ready, self._callbacks)
             finished = self._out is not None and journal.is_finished(self._out, own)
         if self._out is not None and finished:
+            unknown = identity.opaque(own)
+            if unknown is not None:
+                raise RequestError(
+                    f"whether {self._out} holds this very run cannot be told: {unknown}; give another out="
+                )
             return Result.open(self._out)
         if not ready.plan.feasible:
             raise RequestError("; ".join(ready.plan.blockers))
@@ -155,7 +167,18 @@ class Sweep:
 
     @cached_property
     def _prepared(self) -> Prepared:
-        return prepare(self._request, self._dataset, self._callbacks, self._out)
+        return prepare(self._request, self._ingest, self._callbacks, self._out)
+
+    def _ingest(self, **limits: Any) -> Prompts:
+        """The dataset, read once: a generator that was refused half-way is refused again, and not begun in the middle."""
+        if self._ingested is None:
+            try:
+                self._ingested = ingest(self._dataset, **limits)
+            except Exception as error:
+                self._ingested = error
+        if isinstance(self._ingested, Exception):
+            raise self._ingested
+        return self._ingested
 
     def _run_in(self, folder: Path, ready: Prepared, own: dict[str, Any], recorder: Recorder) -> None:
         """Leaves a finished run of this identity in ``folder``."""
@@ -207,15 +230,15 @@ class Sweep:
                     progress=progress,
                 )
             )
-            for callback in self._callbacks:
-                with recorder.span("callback", "run"), Blame(callback, "on_sweep_end"):
-                    callback.on_sweep_end()
             with recorder.span("finish"):
                 for part in (progress, weights, residual):
                     part.close()
             profile = recorder.finish(prompts=plan.prompts, tokens=plan.tokens, predicted_s=plan.predicted_s)
             store.put_json("profile.json", profile.to_json())
             store.finish(identity.manifest(own, plan), ready.prompts.ids)
+        for callback in self._callbacks:  # the result is complete, whatever happens here
+            with Blame(callback, "on_sweep_end"):
+                callback.on_sweep_end()
 
 
 def _dtype(asked: torch.dtype | str) -> torch.dtype | None:

@@ -43,6 +43,15 @@ class Piece:
     rows: Tensor
 
 
+@dataclass(frozen=True)
+class HeadChunk:
+    """Logits that are computed at once. rows: indices into the microbatch, None for all of it."""
+
+    rows: Tensor | None
+    pieces: list[Piece]
+    callbacks: Sequence[Callback]
+
+
 class Taps:
     """All callbacks of a sweep, bound to their sites.
 
@@ -101,11 +110,11 @@ class Taps:
 
     def end_layer(self, layer: int | None) -> list[tuple[Site, LayerArtifact]]:
         """`on_layer_end`, after the layer's last wave: the artifacts. Every emitter must have emitted every prompt."""
-        for record, count in self._emitted.items():
-            if record.layer == layer and count != self.prompts:
+        for (index, site, _), record in self._records.items():
+            if record.layer == layer and self._emitted[record] != self.prompts:
                 raise CallbackError(
-                    f"a callback emitted {count} of {self.prompts} prompts at {where((layer, record.hook))}: "
-                    "one that emits at a site emits for every prompt"
+                    f"{type(self._callbacks[index]).__name__} emitted {self._emitted[record]} of {self.prompts} "
+                    f"prompts at {where(site)}: a callback that emits at a site emits for every prompt"
                 )
         artifacts: list[tuple[Site, LayerArtifact]] = []
         for callback, sites in self._of_layer(layer):
@@ -121,7 +130,7 @@ class Taps:
         """Shows ``acts`` to a callback; returns what it wrote back."""
         self.check()
         with self.span("callback"), Blame(callback, "on_batch", site, view):
-            returned = callback.on_batch(site[0], site[1], acts, view.sample_ids)
+            returned = callback.on_batch(site[0], site[1], acts, view.sample_ids.clone())
             parts = returned if isinstance(returned, tuple) else () if returned is None else (returned,)
             names = [part.name for part in parts if isinstance(part, Emit)]
             if len(set(names)) < len(names):
@@ -170,41 +179,58 @@ class Taps:
 
     # --- the head ---
 
-    def head_chunks(self, microbatch: Microbatch, limit: int | None) -> Iterator[tuple[Tensor | None, list[Piece]]]:
-        """Which rows' logits are wanted: row indices into the microbatch (None: all rows), and who is in them.
+    def head_chunks(self, microbatch: Microbatch, limit: int | None) -> Iterator[HeadChunk]:
+        """Which rows' logits are wanted, and by whom.
 
-        limit: rows of a chunk at most, whole prompts (packed); None: one chunk, with HF's rows for `logits_to_keep`.
+        limit: rows of a chunk at most, whole prompts, for all callbacks together (packed). None: natural height, where
+        bits depend on the number of rows; so each choice of positions is a chunk of its own, with the rows of HF's
+        `logits_to_keep`, or of its plain forward for "all".
         """
-        wanted = [callback.positions for callback in self.on((None, "logits"))]
-        everywhere = any(isinstance(positions, str) and positions == "all" for positions in wanted)
+        everyone = self.on((None, "logits"))
+        if limit is not None:
+            yield from self._packed_chunks(microbatch, limit, everyone)
+            return
+        choices: dict[tuple[int, ...] | str, list[Callback]] = {}
+        for callback in everyone:
+            asked = callback.positions
+            choices.setdefault(asked if isinstance(asked, str) else tuple(asked), []).append(callback)
+        for positions, callbacks in choices.items():
+            rows = [_row_index(view)[:, resolve(positions, view.length)] for view in microbatch.views]
+            taken = None
+            if positions != "all":
+                taken = torch.cat([some.flatten() for some in rows])
+                rows = _numbered(rows)
+            pieces = [
+                Piece(view, resolve(positions, view.length), some)
+                for view, some in zip(microbatch.views, rows, strict=True)
+            ]
+            yield HeadChunk(taken, pieces, callbacks)
+
+    def _packed_chunks(self, microbatch: Microbatch, limit: int, callbacks: Sequence[Callback]) -> Iterator[HeadChunk]:
         pieces: list[Piece] = []
-        parts: list[Tensor] = []
+        taken: list[Tensor] = []
         filled = 0
         for view in microbatch.views:
-            union = sorted({p for positions in wanted for p in resolve(positions, view.length)})
-            rows = _row_index(view)
-            if limit is None and everywhere:
-                pieces.append(Piece(view, union, rows))
-                continue
-            step = len(rows) if limit is None else max(1, limit // len(union))
+            union = sorted({p for callback in callbacks for p in resolve(callback.positions, view.length)})
+            rows = _row_index(view)[:, union]
+            step = max(1, limit // len(union))
             for first in range(0, len(rows), step):
-                some = rows[first : first + step][:, union]
-                if limit is not None and filled and filled + some.numel() > limit:
-                    yield torch.cat(parts), pieces
-                    pieces, parts, filled = [], [], 0
+                some = rows[first : first + step]
+                if filled and filled + some.numel() > limit:
+                    yield HeadChunk(torch.cat(taken), pieces, callbacks)
+                    pieces, taken, filled = [], [], 0
                 part = View(view.sample_ids[first : first + step], view.length, slice(0, 0))
                 pieces.append(Piece(part, union, torch.arange(filled, filled + some.numel()).view(some.shape)))
-                parts.append(some.flatten())
+                taken.append(some.flatten())
                 filled += some.numel()
-        if pieces:
-            yield (torch.cat(parts) if parts else None), pieces
+        yield HeadChunk(torch.cat(taken), pieces, callbacks)
 
-    def show_logits(self, value: Tensor, pieces: Sequence[Piece]) -> None:
-        """``value [rows, vocab]`` of one chunk, to everybody at "logits"."""
+    def show_logits(self, value: Tensor, chunk: HeadChunk) -> None:
+        """``value [rows, vocab]`` of one chunk, to those who asked for it."""
         site: Site = (None, "logits")
-        self.check_finite(value, site, ((piece.view, piece.rows) for piece in pieces))
-        for piece in pieces:
-            for callback in self.on(site):
+        self.check_finite(value, site, ((piece.view, piece.rows) for piece in chunk.pieces))
+        for piece in chunk.pieces:
+            for callback in chunk.callbacks:
                 chosen = [piece.positions.index(p) for p in resolve(callback.positions, piece.view.length)]
                 self.call(callback, site, value[piece.rows[:, chosen]], piece.view)
 
@@ -220,10 +246,10 @@ class Taps:
         for view, rows in places:
             finite = torch.isfinite(value[rows]).flatten(1).all(1).cpu()
             if not finite.all():
-                raise NonFiniteError(
-                    f"sample {int(view.sample_ids[~finite][0])} is not finite at {where(site)}; "
-                    f"{value.dtype} may not be wide enough for this model: try dtype='bfloat16' or 'float32'"
-                )
+                narrow = value.dtype == torch.float16
+                advice = "float16 is too narrow for this model, try dtype='bfloat16'" if narrow else "check the weights"
+                sample = int(view.sample_ids[~finite][0])
+                raise NonFiniteError(f"sample {sample} is infinite or NaN at {where(site)}: {advice}")
 
 
 class StageTap:
@@ -291,6 +317,12 @@ def resolve(positions: str | Sequence[int], length: int) -> list[int]:
 
 def _outside(position: int, length: int) -> int:
     raise AssertionError(f"position {position} of a prompt of {length} tokens: the request was not checked")
+
+
+def _numbered(rows: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of these shapes that count through, 0 at the first element of the first."""
+    places = torch.split(torch.arange(sum(some.numel() for some in rows)), [some.numel() for some in rows])
+    return [place.view(some.shape) for place, some in zip(places, rows, strict=True)]
 
 
 def _row_index(view: View) -> Tensor:

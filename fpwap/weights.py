@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from xxhash import xxh3_128
 
 from archs.contract import Family, stored
 
@@ -42,6 +43,9 @@ DTYPES: Mapping[str, torch.dtype] = {
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CHUNK = 1 << 28
 """Bytes of one read call: far below the 2 GiB at which one call stops short."""
+
+SAMPLE, SAMPLES = 4096, 5
+"""Bytes and number of the samples of each tensor by which a shard is told from another."""
 
 # --- where tensors lie ----------------------------------------------------------------------------------------------
 
@@ -82,6 +86,28 @@ class Checkpoint:
     @property
     def shards(self) -> list[str]:
         return sorted({entry.shard for entry in self.entries.values()})
+
+    def content(self) -> dict[str, str]:
+        """shard -> what tells its content from another's.
+
+        A hub cache's blob is named by its digest. Of any other file the size, the header and a sample of every tensor
+        are hashed: a shard of many gigabytes is not read for this.
+        """
+        return {shard: self._content(self.folder / shard) for shard in self.shards}
+
+    def _content(self, path: Path) -> str:
+        blob = path.resolve()
+        if path.is_symlink() and blob.parent.name == "blobs":
+            return f"blob {blob.name}"
+        digest = xxh3_128(str(path.stat().st_size).encode())
+        with open(path, "rb") as file:
+            for entry in self.entries.values():
+                if entry.shard == path.name:
+                    digest.update(repr(entry).encode())
+                    for part in range(SAMPLES):
+                        file.seek(entry.start + max(0, entry.size - SAMPLE) * part // (SAMPLES - 1))
+                        digest.update(file.read(min(SAMPLE, entry.size)))
+        return f"sampled {digest.hexdigest()}"
 
     def first_floating(self) -> torch.dtype | None:
         """The dtype of the first floating tensor, HF's rule for a config that names none."""
@@ -254,7 +280,7 @@ class Weights:
         self._buffers: deque[_Buffer] = deque(_Buffer() for _ in range(resident + 1))
         self._held: list[tuple[Stage, _Buffer]] = []
         for shard in {entry.shard for stage in stages for entry in layout.sources[stage].values()}:
-            self._files[shard] = os.open(checkpoint.folder / shard, os.O_RDONLY | os.O_CLOEXEC)
+            self._files[shard] = _open(checkpoint.folder / shard)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fpwap-weights")
         self._read_ahead()
 
@@ -306,7 +332,9 @@ class Weights:
             raise ModelError(f"{self._folder / entry.shard} was truncated while it was read: {entry.name} is cut off")
         if self._maps(entry):
             os.posix_fadvise(fd, entry.start, entry.size, os.POSIX_FADV_WILLNEED)
-            return _map(fd, entry)
+            tensor = _map(fd, entry)
+            tensor.view(torch.uint8).flatten()[:: mmap.PAGESIZE].max()  # the pages are read here, not in the maths
+            return tensor
         out = buffer.take(entry.shape)
         raw = torch.empty(entry.size, dtype=torch.uint8)
         _read_exactly(fd, entry.start, raw.numpy().data, self._folder / entry.shard)
@@ -332,6 +360,13 @@ class _Buffer:
         return self._elements[start : self._used].view(shape)
 
 
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be opened: {error.strerror}") from error
+
+
 def _map(fd: int, entry: Entry) -> Tensor:
     """The tensor as a private map of its part of the file; nobody writes, so its pages are the page cache's own."""
     skipped = entry.start % mmap.ALLOCATIONGRANULARITY
@@ -344,7 +379,10 @@ def _read_exactly(fd: int, start: int, out: memoryview, path: Path) -> None:
     """Fill ``out`` from byte ``start``, however short the single reads are."""
     done = 0
     while done < len(out):
-        got = os.preadv(fd, [out[done : done + CHUNK]], start + done)
+        try:
+            got = os.preadv(fd, [out[done : done + CHUNK]], start + done)
+        except OSError as error:
+            raise ModelError(f"{path} cannot be read at byte {start + done}: {error.strerror}") from error
         if got == 0:
             raise ModelError(f"{path} ends at byte {start + done}: it was truncated while it was read")
         done += got

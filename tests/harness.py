@@ -1,8 +1,8 @@
 """What tests of whole sweeps share: prompts, a callback that keeps everything, and Hugging Face as the reference.
 
-`Reference` runs ``from_pretrained(folder)`` and shows the value at every site that its modules let one see; an edit puts
-another value there, in place, so that whatever HF computes from it comes out changed. A site's values are `Kept` as
-prompt -> ``[tokens, *rest]`` on the CPU, pads removed; `differences` compares two of these bit by bit.
+`Reference` runs ``from_pretrained(folder)`` and shows the value at every site that its modules let one see; an edit
+puts another value there, in place, so that whatever HF computes from it comes out changed. A site's values are `Kept`
+as prompt -> ``[tokens, *rest]`` on the CPU, pads removed; `differences` compares two of these bit by bit.
 """
 
 import contextlib
@@ -29,6 +29,8 @@ WRITABLE = tuple(hook for hook in HOOKS if hook not in READ_ONLY_HOOKS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Kept = dict[Site, dict[int, Tensor]]
+Request = dict[str, Any]
+"""Arguments of a `Sweep`."""
 Edit = Callable[[Tensor], Tensor]
 Sample = dict[str, Any] | list[int]
 
@@ -186,18 +188,19 @@ class Reference:
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype, attention: str = "sdpa", device: str = "cpu") -> "Reference":
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
         return cls(model.to(device))
 
     @property
     def layers(self) -> Sequence[torch.nn.Module]:
-        core = self.model.base_model
+        core: Any = self.model.base_model
         return list(core.layers if self.model.config.model_type == "llama" else core.h)
 
     @torch.no_grad()
     def forward(self, ids: Tensor, mask: Tensor, **more: Any) -> Any:
         """HF's own output object. The positions are those that `generate` would pass."""
-        core, device = self.model.base_model, self.model.device
+        core: Any = self.model.base_model
+        device = self.model.device
         if self.model.config.model_type == "llama":  # dynamic rope remembers the longest batch it has seen
             core.rotary_emb = type(core.rotary_emb)(self.model.config).to(device)
         positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
@@ -238,13 +241,14 @@ class Reference:
 
         rotate, turns = modeling_llama.apply_rotary_pos_emb, iter(range(len(self.layers)))
 
-        def rotated(*arguments: Any, **more: Any) -> tuple[Tensor, Tensor]:
-            layer, both = next(turns), rotate(*arguments, **more)
+        def rotated(*arguments: Any) -> tuple[Tensor, Tensor]:
+            both: tuple[Tensor, Tensor] = rotate(*arguments)
+            layer = next(turns)
             for hook, value in zip(("q_rot", "k_rot"), both, strict=True):
                 visit((layer, hook), value.transpose(1, 2))
             return both
 
-        core = self.model.base_model
+        core: Any = self.model.base_model
         handles = [watch(self.layers[0], "in", (None, "embedding"))]
         for layer, module in enumerate(self.layers):
             for hook, point in POINTS[self.model.config.model_type].items():

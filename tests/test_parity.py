@@ -3,7 +3,7 @@
 Padded: every hook that Hugging Face can show has HF's bits. Packed: a prompt's bits depend on the prompt alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from harness import (
     Keep,
     Kept,
     Reference,
+    Request,
     Sample,
     differences,
     flat,
@@ -29,6 +30,7 @@ from harness import (
 from torch import Tensor
 
 from archs.contract import SEQUENTIAL_HOOKS
+from fpwap.callbacks.base import Site
 from fpwap.callbacks.common import RawActivations
 
 Checkpoint = Callable[[str], Path]
@@ -58,8 +60,8 @@ GRID += [
     (name, DTYPES[index % 3], ATTENTION[index % 2])
     for index, name in enumerate(
         """llama llama_attention_bias llama_dynamic llama_head_dim llama_llama3 llama_mlp_bias llama_mqa llama_no_prefix
-        llama_tied_head_alone llama_tied_other_head llama_yarn gpt2_by_layer gpt2_no_prefix gpt2_other_head gpt2_unscaled
-        gpt2_untied gpt2_n_inner""".split()
+        llama_tied_head_alone llama_tied_other_head llama_yarn gpt2_by_layer gpt2_n_inner gpt2_no_prefix gpt2_other_head
+        gpt2_unscaled gpt2_untied""".split()
     )
 ]
 GRID += [("gpt2_upcast", dtype, "eager") for dtype in DTYPES]
@@ -70,7 +72,7 @@ def test_padded_equals_hugging_face_at_every_hook(
     name: str, dtype: torch.dtype, attention: str, checkpoint: Checkpoint, device: str
 ) -> None:
     folder = checkpoint(name)
-    request = {"batching": "padded", "microbatch_size": SIZE, "attn_implementation": attention}
+    request: Request = {"batching": "padded", "microbatch_size": SIZE, "attn_implementation": attention}
     found = keep(folder, PADDED, dtype=dtype, device=device, **request)
     expected = Reference.load(folder, dtype, attention, device).kept(PADDED, SIZE)
     if attention == "sdpa":  # of which HF shows no probabilities
@@ -90,14 +92,18 @@ def test_padded_equals_hidden_states_and_the_bare_call(
             folder,
             dataset,
             *(RawActivations(hook=hook, last_token_only=False) for hook in ("residual_post", "final_norm", "logits")),
-            **{"batching": "padded", "dtype": dtype, "device": device},
+            batching="padded",
+            dtype=dtype,
+            device=device,
         )
         ids, mask = (tensor.to(device) for tensor in rectangle(dataset))
         given_mask = {} if mask.all() else {"attention_mask": mask}
         with torch.no_grad():
             out = reference.model(ids, **given_mask, output_hidden_states=True)
         layers = len(reference.layers)
-        expected = {(layer, "residual_post"): out.hidden_states[layer + 1] for layer in range(layers - 1)}
+        expected: dict[Site, Tensor] = {
+            (layer, "residual_post"): out.hidden_states[layer + 1] for layer in range(layers - 1)
+        }
         expected |= {(None, "final_norm"): out.hidden_states[-1], (None, "logits"): out.logits}
         for (layer, hook), value in expected.items():
             assert torch.equal(flat(result, layer, hook), value[mask.bool()].cpu()), (layer, hook)
@@ -111,12 +117,13 @@ def test_padded_logits_are_those_of_logits_to_keep(
 ) -> None:
     folder, reference = checkpoint(name), Reference.load(checkpoint(name), dtype, "sdpa", device)
     equal, ragged = prompts([15] * 5), given(prompts([LONGEST, 2, 9, 1, 13]), "left")
-    for dataset, positions, to_keep in (
+    cases: list[tuple[Sequence[Sample], Any, Any]] = [
         (equal, "last", 1),
         (equal, [3], torch.tensor([3])),
         (equal, [0, -2], torch.tensor([0, 13])),
         (ragged, "last", 1),
-    ):
+    ]
+    for dataset, positions, to_keep in cases:
         callback = Keep(["logits"], positions=positions)
         found = keep(folder, dataset, callback, batching="padded", microbatch_size=2, dtype=dtype, device=device)
         for first in range(0, 5, 2):
@@ -144,6 +151,9 @@ ORDER = torch.randperm(len(LENGTHS), generator=torch.Generator().manual_seed(5))
 MIX = prompts([LENGTHS[index] for index in ORDER])
 """More rows than one tile, groups of one prompt and of many, lengths on both sides of every vector width."""
 assert sum(LENGTHS) > 1100
+FEW = 25
+"""Prompts of `MIX` where other prompts are not what is tested."""
+ENDS = ("residual_pre", "attn_pattern", "residual_post", "logits")
 
 
 @pytest.fixture(scope="module")
@@ -160,10 +170,14 @@ def whole(checkpoint: Checkpoint, device: str) -> Callable[[str, torch.dtype, st
     return sweep
 
 
+def first(rows: dict[int, Tensor]) -> dict[int, Tensor]:
+    return {sample: rows[sample] for sample in range(FEW)}
+
+
 Whole = Callable[..., Kept]
 PACKED = [(name, dtype, attention) for name in FAMILIES for dtype in DTYPES for attention in ATTENTION]
 PACKED += [("llama", torch.float32, "sdpa"), ("gpt2_upcast", torch.float32, "eager")]
-ALONE = (1, 2, 7, 8, 11, 17, 23, LONGEST)
+ALONE = (1, 7, 8, 11, 17, 23, LONGEST)
 """Lengths at which a batched product was seen to depend on how many prompts are in it, and the ends."""
 
 
@@ -197,7 +211,7 @@ def test_packed_bits_do_not_depend_on_the_other_prompts(
     )
 
 
-REQUESTS: list[dict[str, Any]] = [
+REQUESTS: list[Request] = [
     {"layers_per_visit": 1, "residual": "disk"},
     {"layers_per_visit": 2, "residual": "ram"},
     {"layers_per_visit": 2, "residual": "disk", "microbatch_tokens": 300},
@@ -213,21 +227,22 @@ REQUESTS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("request_", REQUESTS, ids=str)
 def test_packed_bits_do_not_depend_on_tier_group_or_partition(
-    name: str, dtype: torch.dtype, request_: dict[str, Any], whole: Whole, checkpoint: Checkpoint, device: str
+    name: str, dtype: torch.dtype, request_: Request, whole: Whole, checkpoint: Checkpoint, device: str
 ) -> None:
-    assert differences(keep(checkpoint(name), MIX, dtype=dtype, device=device, **request_), whole(name, dtype)) == []
+    found = keep(checkpoint(name), MIX, Keep(ENDS), dtype=dtype, device=device, **request_)
+    expected = whole(name, dtype)
+    assert differences(found, {site: expected[site] for site in found}) == []
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "dtype"), [(n, d) for n, d in zip(FAMILIES * 2, DTYPES * 2, strict=False)])
 def test_packed_bits_do_not_depend_on_the_hooks_asked_for_or_the_last_layer(
     name: str, dtype: torch.dtype, whole: Whole, checkpoint: Checkpoint, device: str
 ) -> None:
     expected = whole(name, dtype)
     for hook in HOOKS:
-        found = keep(checkpoint(name), MIX, Keep([hook], layers=[1]), dtype=dtype, device=device)
+        found = keep(checkpoint(name), MIX[:FEW], Keep([hook], layers=[1]), dtype=dtype, device=device)
         site = (1 if hook in SEQUENTIAL_HOOKS else None, hook)
-        assert differences(found, {site: expected[site]}) == []
+        assert differences(found, {site: first(expected[site])}) == []
 
 
 @pytest.mark.parametrize("positions", ["last", [0], [-1, 0]], ids=str)
@@ -237,10 +252,10 @@ def test_packed_bits_do_not_depend_on_the_positions_asked_for(
 ) -> None:
     chosen = [-1] if positions == "last" else positions
     for dtype in DTYPES:
-        found = keep(checkpoint(name), MIX, Keep(HOOKS, positions=positions), dtype=dtype, device=device)
+        found = keep(checkpoint(name), MIX[:FEW], Keep(HOOKS, positions=positions), dtype=dtype, device=device)
         expected = {
-            site: {i: value[:, chosen] if site[1] == "attn_pattern" else value[chosen] for i, value in rows.items()}
-            for site, rows in whole(name, dtype).items()
+            (at, hook): {i: v[:, chosen] if hook == "attn_pattern" else v[chosen] for i, v in first(rows).items()}
+            for (at, hook), rows in whole(name, dtype).items()
         }
         assert differences(found, expected) == []
 
@@ -256,7 +271,7 @@ def test_capturing_every_hook_leaves_the_residual_stream_as_it_was(
     name: str, dtype: torch.dtype, attention: Any, batching: Any, checkpoint: Checkpoint, device: str
 ) -> None:
     request = {"dtype": dtype, "attn_implementation": attention, "batching": batching, "device": device}
-    data = MIX[:20]
+    data = MIX[:FEW]
     quiet = run(checkpoint(name), data, RawActivations(last_token_only=False), **request)
     watched = run(checkpoint(name), data, Keep(HOOKS), RawActivations(last_token_only=False), **request)
     for layer in range(3):
@@ -266,8 +281,8 @@ def test_capturing_every_hook_leaves_the_residual_stream_as_it_was(
 @pytest.mark.parametrize("name", VARIANTS)
 def test_residual_equations_hold_exactly(name: str, checkpoint: Checkpoint, device: str) -> None:
     dtype = DTYPES[list(VARIANTS).index(name) % 3]
-    kept = keep(checkpoint(name), MIX[:20], dtype=dtype, device=device)
-    for sample in range(20):
+    kept = keep(checkpoint(name), MIX[:FEW], dtype=dtype, device=device)
+    for sample in range(FEW):
         stream = kept[None, "embedding"][sample]
         for layer in range(3):
             at = {hook: kept[layer, hook][sample] for hook in SEQUENTIAL_HOOKS}

@@ -19,11 +19,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
+from types import CodeType
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
-from xxhash import xxh3_128_hexdigest
+from xxhash import xxh3_128, xxh3_128_hexdigest
 
 Site = tuple[int | None, str]
 """(layer, hook); the layer is None for the model-level hooks embedding, final_norm and logits."""
@@ -48,12 +49,22 @@ class Emit:
     name: str | None = None
     dtype: torch.dtype | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.values, Tensor):
+            raise TypeError(f"Emit takes a torch tensor, not {type(self.values).__name__}")
+        if self.per not in ("prompt", "token"):
+            raise ValueError(f"Emit: per must be 'prompt' or 'token', not {self.per!r}")
+
 
 @dataclass(frozen=True)
 class WriteBack:
     """``values`` take the place of ``acts``: same shape, cast once to the model's dtype. Phase "write" only."""
 
     values: Tensor
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.values, Tensor):
+            raise TypeError(f"WriteBack takes a torch tensor, not {type(self.values).__name__}")
 
 
 @dataclass(frozen=True)
@@ -68,11 +79,12 @@ class LayerArtifact:
 
 @dataclass(frozen=True)
 class Declared:
-    """One output that a callback is going to emit at a hook, for the plan to count: shape and dtype as in `Emit`."""
+    """One output that a callback is going to emit at a hook, for the plan to check and count; fields as in `Emit`."""
 
     per: Per
     rest: tuple[int, ...]
     dtype: torch.dtype
+    name: str | None = None
 
 
 class Context(Protocol):
@@ -154,8 +166,8 @@ class Callback(ABC):
     def config(self) -> dict[str, Any]:
         """The callback's identity, JSON: its sites, phase, positions, and its public instance attributes.
 
-        A tensor counts by its digest, a function by its qualified name. Attributes that none of this can express are
-        named under "opaque": two callbacks that differ in these only cannot be told apart.
+        A tensor counts by its digest, a function by its name and code. Attributes that none of this can express (an
+        object, a closure) are named under "opaque": such a run cannot be told from another, and is never reused.
         """
         named = ("target_layers", "target_hooks", "phase", "positions")
         values = {name: getattr(self, name) for name in named}
@@ -228,6 +240,31 @@ def _plain(value: Any) -> Any:
             return {key: _plain(item) for key, item in value.items()}
         case list() | tuple() | range():
             return [_plain(item) for item in value]
-    if not hasattr(value, "__qualname__"):
+    if not hasattr(value, "__qualname__") or getattr(value, "__closure__", None):
         raise TypeError(value)
-    return f"{value.__module__}.{value.__qualname__}"
+    return f"{value.__module__}.{value.__qualname__} {code_of(value)}"
+
+
+def code_of(value: Any) -> str:
+    """Digest of what a function or a class does, as far as its own code says; a change of the code is another one."""
+    digest = xxh3_128()
+
+    def add(item: Any) -> None:
+        code = item if isinstance(item, CodeType) else getattr(item, "__code__", None)
+        if isinstance(code, CodeType):
+            digest.update(code.co_code + repr(code.co_names).encode())
+            for constant in code.co_consts:
+                if isinstance(constant, CodeType):
+                    add(constant)
+                else:
+                    digest.update(repr(constant).encode())
+            digest.update(repr(getattr(item, "__defaults__", None)).encode())
+        elif isinstance(item, type):
+            for base in item.__mro__:
+                if base not in (Callback, object) and issubclass(base, Callback):
+                    for name, member in sorted(vars(base).items()):
+                        digest.update(name.encode())
+                        add(getattr(member, "__func__", getattr(member, "fget", member)))
+
+    add(value)
+    return digest.hexdigest()

@@ -70,10 +70,10 @@ class RawActivations(Callback):
         if hook == PATTERN:  # in fp32, unless attention is eager
             length = self._one_length(ctx)
             count = (length,) if self.positions == "all" else count
-            return {hook: Declared("prompt", (*rest, *count, length), self.dtype or torch.float32)}
+            return {hook: Declared("prompt", (*rest, *count, length), self.dtype or torch.float32, self.name)}
         if self.positions == "all":
-            return {hook: Declared("token", rest, dtype)}
-        return {hook: Declared("prompt", (*count, *rest), dtype)}
+            return {hook: Declared("token", rest, dtype, self.name)}
+        return {hook: Declared("prompt", (*count, *rest), dtype, self.name)}
 
     @staticmethod
     def _one_length(ctx: Context) -> int:
@@ -197,7 +197,8 @@ class DiffOfMeans(Callback):
         """With the labels themselves once they are known, since a lambda has no identity."""
         if self._labelled is None:
             return super().config()
-        return super().config() | {"labels": self._labels, "label_of": xxh3_128_hexdigest(self._codes.numpy().data)}
+        config = {name: value for name, value in super().config().items() if name not in ("label_fn", "opaque")}
+        return config | {"labels": self._labels, "label_of": xxh3_128_hexdigest(self._codes.numpy().data)}
 
     def _label(self, ctx: Context) -> None:
         """Label the prompts, once per context: there may be 10^6 of them, and a plan asks for every layer."""

@@ -1,0 +1,62 @@
+"""On an accelerator: the two guarantees, through the public API. `make test-gpu`; deselected everywhere else."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from fpwap import Sweep
+from fpwap.callbacks.common import RawActivations
+
+pytestmark = pytest.mark.gpu
+LENGTHS = (5, 31, 1, 64, 64, 17)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=199, num_hidden_layers=3, **sizes))  # type: ignore[arg-type]
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.2 + (parameter.ndim == 1)
+    model.save_pretrained(path)
+    return path
+
+
+def prompts() -> list[list[int]]:
+    draw = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 199, (length,), generator=draw).tolist() for length in LENGTHS]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_padded_equals_hugging_face(folder: Path, device: str, dtype: str) -> None:
+    sweep = Sweep(folder, prompts(), callbacks=[RawActivations()], batching="padded", dtype=dtype, device=device)
+    result = sweep.run()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
+    ids, mask = torch.zeros(len(LENGTHS), max(LENGTHS), dtype=torch.long), torch.zeros(len(LENGTHS), max(LENGTHS))
+    for row, prompt in enumerate(prompts()):
+        ids[row, : len(prompt)], mask[row, : len(prompt)] = torch.tensor(prompt), 1
+    mask = mask.long()
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
+    with torch.no_grad():
+        out = model(
+            ids.to(device),
+            attention_mask=mask.to(device),
+            position_ids=positions.to(device),
+            output_hidden_states=True,
+            use_cache=False,
+        )
+    last = (torch.arange(len(LENGTHS)), mask.sum(1) - 1)
+    for layer in (0, 1):
+        assert torch.equal(result.activations(layer=layer), out.hidden_states[layer + 1].cpu()[last])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_prompt_alone_equals_itself_in_the_dataset(folder: Path, device: str, dtype: str) -> None:
+    mixed = Sweep(folder, prompts(), callbacks=[RawActivations()], dtype=dtype, device=device).run()
+    for index, prompt in enumerate(prompts()):
+        alone = Sweep(folder, [prompt], callbacks=[RawActivations()], dtype=dtype, device=device, progress=False).run()
+        for layer in range(3):
+            assert torch.equal(mixed.activations(layer=layer)[index], alone.activations(layer=layer)[0])
