@@ -145,9 +145,7 @@ class Sweep:
         if self._out is not None and finished:
             unknown = identity.opaque(own)
             if unknown is not None:
-                raise RequestError(
-                    f"whether {self._out} holds this very run cannot be told: {unknown}; give another out="
-                )
+                raise RequestError(f"whether {self._out} holds this run cannot be told: {unknown}; give another out=")
             return Result.open(self._out)
         if not ready.plan.feasible:
             raise RequestError("; ".join(ready.plan.blockers))

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 README = Path(__file__).parent.parent / "README.md"
 MODEL = "meta-llama/Llama-3.1-70B"
-PROMISED = '''
+PROMISED = """
 from fpwap import Sweep
 from fpwap.callbacks.common import RawActivations, IncrementalPCA, DiffOfMeans
 
@@ -53,7 +53,7 @@ result.profile.summary()         # per layer: load / forward / callback / write
 result.profile.by_phase(); result.profile.slowest_layer(); result.profile.bytes_moved()
 result.profile.throughput_tok_per_s(); result.profile.weight_bandwidth_gb_per_s()
 norms = Sweep(model="meta-llama/Llama-3.1-70B", dataset=my_dataset, callbacks=[LastTokenLogNorm()]).run()
-'''
+"""
 
 
 @pytest.fixture(scope="module")

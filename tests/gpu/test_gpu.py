@@ -1,6 +1,7 @@
 """On an accelerator: the two guarantees, through the public API. `make test-gpu`; deselected everywhere else."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,8 @@ def prompts() -> list[list[int]]:
 def test_padded_equals_hugging_face(folder: Path, device: str, dtype: str) -> None:
     sweep = Sweep(folder, prompts(), callbacks=[RawActivations()], batching="padded", dtype=dtype, device=device)
     result = sweep.run()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    model.to(device)
     ids, mask = torch.zeros(len(LENGTHS), max(LENGTHS), dtype=torch.long), torch.zeros(len(LENGTHS), max(LENGTHS))
     for row, prompt in enumerate(prompts()):
         ids[row, : len(prompt)], mask[row, : len(prompt)] = torch.tensor(prompt), 1
