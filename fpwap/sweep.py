@@ -168,7 +168,7 @@ class Sweep:
         return prepare(self._request, self._ingest, self._callbacks, self._out)
 
     def _ingest(self, **limits: Any) -> Prompts:
-        """The dataset, read once: a generator that was refused half-way is refused again, and not begun in the middle."""
+        """The dataset, read once: a generator refused half-way is refused again, and not begun in its middle."""
         if self._ingested is None:
             try:
                 self._ingested = ingest(self._dataset, **limits)
