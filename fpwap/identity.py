@@ -19,7 +19,7 @@ from .plan import Plan
 from .prepare import Prepared, Request
 
 NUMERICS_VERSION = 1
-"""Raised by every change that may change bits."""
+"""Raised by every change that may change bits, in the shipped callbacks too."""
 OPAQUE = "opaque"
 RESOLVED = ("target_layers", "target_hooks", "phase", "positions")
 """Of a callback's config: said in resolved form, so that layer -1 is the last one by its number."""
@@ -55,7 +55,7 @@ def identity(request: Request, ready: Prepared, callbacks: Sequence[Callback]) -
         "callbacks": [
             {
                 "class": f"{type(callback).__module__}.{type(callback).__qualname__}",
-                "code": code_of(type(callback)),
+                "code": None if type(callback).__module__.startswith("fpwap.") else code_of(type(callback)),
                 "phase": callback.phase,
                 "positions": callback.positions if isinstance(callback.positions, str) else list(callback.positions),
                 "sites": [list(site) for site in own],

@@ -18,6 +18,7 @@ from checkpoints import LONGEST, VARIANTS, VOCAB, tensors, write
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama import modeling_llama
@@ -127,6 +128,14 @@ class Recorder:
 
     def wants(self, hook: str) -> bool:
         return True
+
+
+@dataclass
+class Blind(Recorder):
+    """Looks at nothing but what is between the layers."""
+
+    def wants(self, hook: str) -> bool:
+        return False
 
 
 @torch.no_grad()
@@ -365,6 +374,43 @@ def test_packed_bits_of_a_prompt_depend_on_the_prompt_alone(
             assert torch.equal(found, value), f"prompt {prompt}, {site} differs by {(found - value).abs().max()}"
 
 
+class Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes how many rows every product and activation function works on, and how many prompts every attention call."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.rows: dict[str, set[int]] = {}
+        self.sequences: dict[str, set[int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "silu", "gelu", "tanh", "relu"):
+            self.rows.setdefault(name, set()).add(len(args[name == "addmm"]))
+        if name == "bmm" or name.startswith("_scaled_dot_product"):
+            self.sequences.setdefault(name[:12], set()).add(len(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("name", ["llama_gqa", "llama_mlp_bias", "llama_gelu", "gpt2", "gpt2_relu"])
+def test_every_call_of_a_packed_batch_has_one_size(
+    name: str, attention: Attention, checkpoint: Callable[[str], Path]
+) -> None:
+    """On many processors the bits of these widths are the same at any size; that they are on all is by construction."""
+    model = load(checkpoint(name), torch.float32)
+    batch = packed(MIX[8:20], 64, attention)
+    with Calls() as blind:
+        run(model, batch, Blind())
+    with Calls() as seen:
+        run(model, batch)
+    for calls in (seen, blind):
+        assert set().union(*calls.rows.values()) == {64}, calls.rows
+        product = "addmm" if "gpt2" in name or "bias" in name else "mm"
+        assert product in calls.rows and len(calls.rows) >= 2
+    heads = {"bmm": {model.config.heads}, "_scaled_dot_": {1}}
+    assert seen.sequences == heads if attention == "sdpa" else seen.sequences == {"bmm": heads["bmm"]}
+
+
 PERIOD = 61
 """Coprime to the vector length, so that a periodic tensor has every value in every lane, and in every tail."""
 
@@ -412,14 +458,6 @@ BATCHES: Mapping[str, Callable[[Attention], Batch]] = {
     "padded": PADDED["padded left"].batch,
     "packed": lambda attention: packed(MIX, fixed_height(64, (101, 240), 2), attention),
 }
-
-
-@dataclass
-class Blind(Recorder):
-    """Looks at nothing but what is between the layers."""
-
-    def wants(self, hook: str) -> bool:
-        return False
 
 
 @pytest.mark.parametrize("batch", BATCHES)

@@ -112,7 +112,7 @@ def emitted(callback: Callback, ctx: FakeContext, acts: Acts, site: Site = (1, P
         assert isinstance(emit, Emit)
         values = emit.values.to(emit.dtype or emit.values.dtype)
         lead = (len(ids),) if emit.per == "prompt" else (len(ids), ctx.length(ids[0]))
-        assert declared == Declared(emit.per, tuple(values.shape[len(lead) :]), values.dtype)
+        assert declared == Declared(emit.per, tuple(values.shape[len(lead) :]), values.dtype, emit.name)
         assert values.shape[: len(lead)] == lead
         assert rows.keys().isdisjoint(ids)
         rows |= dict(zip(ids, values, strict=True))
@@ -224,8 +224,10 @@ def test_config_tells_two_callbacks_apart() -> None:
     assert config(basis=basis) != config(basis=basis + 1)
     assert config(basis=basis) != config(basis=basis.view(8, 4))
     assert config(basis=basis.bfloat16())["basis"].startswith("torch.bfloat16 [4, 8]")
-    assert config(f=np.mean)["f"] == "numpy.mean"
-    assert config(f=lambda: 0)["f"].endswith("<lambda>")
+    assert config(f=np.mean)["f"].startswith("numpy.mean ")
+    assert "<lambda>" in config(f=lambda: 0)["f"]
+    assert config(f=lambda: 0) == config(f=lambda: 0) != config(f=lambda: 1)
+    assert config(f=(lambda n: lambda: n)(0))["opaque"] == ["f"]  # two closures of one code cannot be told apart
     assert config(n=np.int64(3), x=np.float32(0.5), deep={"a": [range(2)]}, d=torch.bfloat16) == {
         **config(), "n": 3, "x": 0.5, "deep": {"a": [[0, 1]]}, "d": "torch.bfloat16"
     }  # fmt: skip

@@ -134,7 +134,7 @@ def test_choices_and_defaults_are_those_of_the_sweep(prompts: Path) -> None:
     parser = cli._parser()
     options = parser.parse_args(["plan", "m", "--prompts", str(prompts)])
     for name, parameter in inspect.signature(fpwap.Sweep).parameters.items():
-        if name not in ("model", "dataset", "callbacks", "progress"):
+        if name not in ("model", "dataset", "callbacks", "progress", "verify"):
             assert getattr(options, name) == parameter.default, name
     for name, values in sweep.CHOICES.items():
         for value in values:

@@ -216,7 +216,6 @@ REQUESTS: list[Request] = [
     {"layers_per_visit": 2, "residual": "ram"},
     {"layers_per_visit": 2, "residual": "disk", "microbatch_tokens": 300},
     {"layers_per_visit": 99},
-    {"microbatch_tokens": 1},
     {"microbatch_tokens": 100},
     {"microbatch_tokens": 1024},
     {"microbatch_tokens": 100_000},

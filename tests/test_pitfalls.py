@@ -374,21 +374,21 @@ def test_a_second_run_overwrote_the_first_ones_files_through_hard_links(
     """A copy by hard links of an unfinished run stays as it was when the run is begun again."""
 
     class Stop(Keep):
-        def on_batch(self, layer_idx: int | None, hook: str, acts: Tensor, sample_ids: Tensor) -> None:
-            raise Interrupted(2)
+        _armed = True
 
-    out, copy, callbacks = (
-        tmp_path / "out",
-        tmp_path / "copy",
-        [RawActivations(last_token_only=False), Keep(layers=[2])],
-    )
-    Stop.__qualname__, Stop.__module__ = Keep.__qualname__, Keep.__module__
+        def on_batch(self, layer_idx: int | None, hook: str, acts: Tensor, sample_ids: Tensor) -> None:
+            if self._armed:
+                raise Interrupted(2)
+
+    out, copy = tmp_path / "out", tmp_path / "copy"
+    raw, stop = RawActivations(last_token_only=False), Stop(layers=[2])
     with pytest.raises(Interrupted):
-        run(folder, DATA, callbacks[0], Stop(layers=[2]), out=out, device=device)
+        run(folder, DATA, raw, stop, out=out, device=device)
     shutil.copytree(out, copy, copy_function=os.link)
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     assert len(before) == 1 + 2 + 1  # run.json, two layers, and one that was under way
-    run(folder, DATA, *callbacks, out=out, device=device)
+    stop._armed = False
+    run(folder, DATA, raw, stop, out=out, device=device)
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
 
 
