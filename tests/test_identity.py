@@ -159,7 +159,7 @@ def test_logits_do_not_depend_on_who_else_asks(model: Path, batching: str, dtype
 
     alone = last()
     for other in ({"positions": [0]}, {"positions": [0, -1]}, {"last_token_only": False}):
-        assert torch.equal(alone, last(RawActivations(hook="logits", name="other", **other)))  # type: ignore[arg-type]
+        assert torch.equal(alone, last(RawActivations(hook="logits", name="other", **other)))
 
 
 def test_names_of_outputs_are_checked_before_any_work(model: Path) -> None:

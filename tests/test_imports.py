@@ -1,99 +1,78 @@
-"""The arrows of the architecture, read from the source: who may import whom.
+"""The architecture, checked and not only drawn: who may import whom.
 
-``fpwap`` may import ``archs``, never the other way. Inside ``fpwap`` the parts do not know each other; an outer ring
-joins them, and what they share are types and words. Imports for the type checker alone do not count.
+`archs` stands alone. Inside `fpwap` the parts know each other's types at most, by the table below; only the outer ring
+joins them. Nobody imports the reference.
 """
 
 import ast
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-import archs
-import fpwap
+ROOT = Path(__file__).parent.parent
+FOREIGN = {"transformers", "accelerate"}
+EXTRAS = {"tokenizers", "matplotlib"}
 
-ROOTS = {package.__name__: Path(package.__file__ or "").parent for package in (archs, fpwap)}
-EVERYTHING = "*"
-
-OUTER_RING = {"__init__", "__main__", "cli", "demo", "engine", "identity", "prepare", "result", "sweep", "verify"}
-"""Modules of ``fpwap`` that may import any part: they make one of many."""
-
-SHARED: Mapping[str, set[str]] = {
-    "errors": {EVERYTHING},
-    "callbacks.base": {EVERYTHING},
-    "machine": {EVERYTHING},
-    "plan": {"Plan"},
-    "prompts": {"Microbatch", "Prompts", "TokenTable", "View"},
-    "residual": {"Tier"},
-    "schedule": {"Schedule", "Stage"},
-    "sites": {"PHASES", "where"},
-    "store": {"Record"},
+OUTER = {"__init__", "__main__", "cli", "demo", "engine", "identity", "prepare", "result", "sweep", "text"}
+"""May import parts."""
+VOCABULARY = {"errors", "schedule", "callbacks.base"}
+"""Words that all parts share: exceptions, stages, sites and what callbacks return."""
+TYPES = {
+    "context": {"prompts"},
+    "callbacks.common": {"callbacks.moments"},
+    "plan": {"machine", "residual", "sites"},
+    "taps": {"prompts", "sites", "store"},
 }
-"""What parts may take from each other: the types that pass between them, the words for sites, facts of the machine."""
-
-ARCHS_MAY_USE = {"archs", "torch", "einops"}
-FPWAP_MAY_USE_OF_ARCHS = {"archs", "archs.batch", "archs.contract"}
-"""``fpwap`` meets families only in the table: it imports none by name."""
+"""part -> parts whose types (and, of machine and sites, whose facts) it uses."""
 
 
-def modules(package: str) -> dict[str, Path]:
-    """Dotted name below the package -> file."""
-    root = ROOTS[package]
-    paths = {path.relative_to(root).with_suffix(""): path for path in root.rglob("*.py")}
-    return {".".join(short.parts): path for short, path in sorted(paths.items())}
+def modules(package: str) -> Iterator[tuple[str, Path]]:
+    for path in sorted((ROOT / package).rglob("*.py")):
+        yield ".".join(path.relative_to(ROOT / package).with_suffix("").parts), path
 
 
-def imports(package: str, name: str, path: Path) -> Iterator[tuple[str, str]]:
-    """``(module, name taken from it)`` of every import that runs, also inside functions; absolute dotted names."""
-    pending: list[ast.AST] = [ast.parse(path.read_text())]
-    while pending:
-        node = pending.pop()
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-            pending.extend(node.orelse)
-            continue
-        pending.extend(ast.iter_child_nodes(node))
+def imported(path: Path, package: str) -> Iterator[tuple[str, bool]]:
+    """(dotted module, whether at the top level of the file) of everything a file imports, relative names resolved."""
+    tree = ast.parse(path.read_text())
+    top = {id(node) for node in tree.body}
+    parents = [package, *path.relative_to(ROOT / package).parent.parts]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, EVERYTHING) for alias in node.names)
-        if isinstance(node, ast.ImportFrom):
-            here = [package, *name.split(".")]
-            base = [
-                *(here[: -node.level] if node.level else []),
-                *((node.module or "").split(".") if node.module else []),
-            ]
-            for alias in node.names:
-                below = ".".join([*base[1:], alias.name])
-                if base[0] in ROOTS and below in modules(base[0]):
-                    yield ".".join([*base, alias.name]), EVERYTHING
-                else:
-                    yield ".".join(base), alias.name
+            yield from ((alias.name, id(node) in top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = parents[: len(parents) - node.level + 1] if node.level else []
+            stem = [*base, *(node.module.split(".") if node.module else [])]
+            names = [alias.name for alias in node.names]
+            for name in names:
+                inner = ROOT.joinpath(*stem, f"{name}.py")
+                yield ".".join([*stem, name] if inner.exists() else stem), id(node) in top
 
 
-@pytest.mark.parametrize("name", modules("archs"))
-def test_archs_knows_tensors_only(name: str) -> None:
-    for module, _ in imports("archs", name, modules("archs")[name]):
-        root = module.split(".")[0]
-        assert root in ARCHS_MAY_USE or root in sys.stdlib_module_names, f"archs/{name} imports {module}"
+def test_archs_needs_torch_and_einops_only() -> None:
+    for name, path in modules("archs"):
+        for module, _ in imported(path, "archs"):
+            top = module.split(".")[0]
+            assert top in {"archs", "torch", "einops"} or top in __import__("sys").stdlib_module_names, (name, module)
 
 
-@pytest.mark.parametrize("name", modules("fpwap"))
-def test_fpwap_knows_the_contract_but_no_family(name: str) -> None:
-    for module, _ in imports("fpwap", name, modules("fpwap")[name]):
-        assert not module.startswith("archs") or module in FPWAP_MAY_USE_OF_ARCHS, f"fpwap/{name} imports {module}"
-        assert module.split(".")[0] not in ("transformers", "accelerate") or name == "verify", f"fpwap/{name}"
-
-
-@pytest.mark.parametrize("name", [name for name in modules("fpwap") if name not in OUTER_RING])
-def test_parts_share_types_and_nothing_else(name: str) -> None:
-    part = name.split(".")[0]
-    for module, taken in imports("fpwap", name, modules("fpwap")[name]):
-        if not module.startswith("fpwap.") or module.split(".")[1] == part:
+@pytest.mark.parametrize(("name", "path"), list(modules("fpwap")), ids=lambda value: str(value))
+def test_parts_do_not_import_each_other(name: str, path: Path) -> None:
+    for module, at_top in imported(path, "fpwap"):
+        top = module.split(".")[0]
+        assert top not in FOREIGN, f"{name} imports {module}"
+        if top in EXTRAS:
+            assert not at_top, f"{name} needs the extra {module} to be imported at all"
+        if top != "fpwap" or name.split(".")[-1] == "__init__" or name in OUTER:
             continue
-        allowed = SHARED.get(module.removeprefix("fpwap."), set())
-        assert allowed & {taken, EVERYTHING}, f"fpwap/{name} takes {taken} from {module}; only the outer ring may"
+        part = module.removeprefix("fpwap").lstrip(".")
+        if part in ("", "callbacks"):
+            continue
+        allowed = VOCABULARY | TYPES.get(name, set())
+        assert part in allowed, f"{name} imports {part}: parts meet in the outer ring only"
 
 
-def test_the_tables_name_what_exists() -> None:
-    assert set(SHARED) <= set(modules("fpwap"))
-    assert OUTER_RING - {"verify"} <= set(modules("fpwap"))
+def test_the_table_has_no_arrow_that_is_not_used() -> None:
+    arrows = {name: {m.removeprefix("fpwap.") for m, _ in imported(path, "fpwap")} for name, path in modules("fpwap")}
+    for name, parts in TYPES.items():
+        assert parts <= arrows[name], (name, parts - arrows[name])
