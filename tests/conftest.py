@@ -1,9 +1,14 @@
 """Options of the suite: ``--device`` runs it somewhere else than on the CPU. Tiny checkpoints, made once."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+# Threads that wait by spinning take the processor from each other where more runs than there are cores: five times
+# slower beside two other jobs. Read once, when torch is imported; no bit depends on it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import LONGEST, VARIANTS, VOCAB, tensors, write
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -430,6 +430,7 @@ def test_in_a_tile_of_fixed_height_an_activation_depends_on_its_argument_alone(
             assert torch.equal(got, got[:PERIOD].repeat(size // PERIOD + 1)[:size]), f"width {width}"
 
 
+@settings(deadline=None)
 @given(
     minimum=st.integers(1, 3000),
     widths=st.lists(st.integers(32, 30000), min_size=1, max_size=3),
@@ -713,6 +714,7 @@ WORDS = """hidden_size num_attention_heads num_key_value_heads head_dim hidden_a
     n_head n_inner activation_function n_positions quantization_config model_type surprise""".split()
 
 
+@settings(deadline=None)
 @given(base=st.sampled_from([LLAMA, GPT2]), changes=st.dictionaries(st.sampled_from(WORDS), JSON, max_size=3))
 def test_any_config_is_understood_or_refused(base: dict[str, Any], changes: dict[str, Any]) -> None:
     try:
