@@ -1,6 +1,9 @@
 """What this machine has: memory that may still be taken, free disk, its device. Nothing is allocated to find out."""
 
+import contextlib
+import ctypes
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -10,6 +13,9 @@ CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),  # v2
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),  # v1
 )
+
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's `mallopt`."""
 
 
 def available_memory() -> int:
@@ -50,3 +56,19 @@ def device_memory(device: torch.device) -> int:
         return available_memory()
     free, _ = torch.get_device_module(device).mem_get_info(device)
     return int(free)
+
+
+@contextlib.contextmanager
+def kept_pages(most: int = 2**30) -> Iterator[None]:
+    """While it lasts, glibc keeps up to ``most`` bytes of freed memory, instead of giving pages back and faulting them
+    in again at every operation (13 % of a sweep's time). Elsewhere than on glibc it does nothing.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(MMAP_THRESHOLD, 2**25)  # the most that glibc takes; larger blocks are mapped one by one
+        libc.mallopt(TRIM_THRESHOLD, most)
+    try:
+        yield
+    finally:
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)

@@ -21,6 +21,7 @@ from .callbacks.base import Callback
 from .engine import Parts, sweep
 from .errors import RequestError
 from .interrupt import Interruptible
+from .machine import kept_pages
 from .plan import Plan
 from .prepare import COMPUTED, Prepared, Request, prepare
 from .profile import Recorder
@@ -182,6 +183,7 @@ class Sweep:
         """Leaves a finished run of this identity in ``folder``."""
         plan, model = ready.plan, ready.model
         with contextlib.ExitStack() as opened:
+            opened.enter_context(kept_pages())
             stop = opened.enter_context(Interruptible())
             with recorder.span("finish"):  # opening and closing the parts
                 if journal.claim(folder, own) == "finished":  # by another process, since `run` looked

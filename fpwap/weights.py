@@ -314,7 +314,7 @@ class Weights:
     def _read(self, stage: Stage, buffer: "_Buffer") -> Any:
         started = time.perf_counter()
         entries = self._layout.sources[stage]
-        copied = sum(_count(e.shape) for e in entries.values() if not self._maps(e))
+        copied = sum(_aligned(_count(e.shape)) for e in entries.values() if not self._maps(e))
         buffer.reserve(copied, self._dtype)
         with torch.no_grad():
             tensors = {field: self._tensor(entry, buffer) for field, entry in entries.items()}
@@ -342,6 +342,11 @@ class Weights:
         return out.to(self._device)
 
 
+def _aligned(count: int) -> int:
+    """Elements rounded up so that the next tensor begins at a multiple of 64 bytes: fp32 bits depend on it."""
+    return -(-count // 64) * 64
+
+
 class _Buffer:
     """One stage's worth of elements in the model's dtype, carved into tensors; grows to the largest stage it held."""
 
@@ -356,8 +361,9 @@ class _Buffer:
 
     def take(self, shape: tuple[int, ...]) -> Tensor:
         assert self._elements is not None
-        start, self._used = self._used, self._used + _count(shape)
-        return self._elements[start : self._used].view(shape)
+        start, count = self._used, _count(shape)
+        self._used += _aligned(count)
+        return self._elements[start : start + count].view(shape)
 
 
 def _open(path: Path) -> int:
