@@ -22,8 +22,9 @@ format: $(VENV)/dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-test-gpu: $(VENV)/dev
+test-gpu: $(VENV)/dev  # the tests that need an accelerator, and the parity suite on it
 	$(PYTEST) -m gpu --device cuda tests/gpu
+	$(PYTEST) --device cuda tests/test_parity.py
 
 test-full: $(VENV)/dev
 	$(PYTEST) -m 'not gpu and not faults'
