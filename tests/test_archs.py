@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import LONGEST, VARIANTS, VOCAB, tensors, write
+from checkpoints import LONGEST, VARIANTS, VOCAB, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -38,19 +38,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ATTENTION: list[Attention] = ["sdpa", "eager"]
 
 # --- checkpoints and models -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a variant, made at the first call."""
-    made: dict[str, Path] = {}
-
-    def folder(name: str) -> Path:
-        if name not in made:
-            made[name] = write(VARIANTS[name], tmp_path_factory.mktemp(name))
-        return made[name]
-
-    return folder
 
 
 @pytest.fixture
