@@ -1,15 +1,14 @@
 """A microbatch: its tokens, where its sequences lie, and how its matrices are multiplied.
 
 Everything in a block but attention sees flat rows ``[rows, width]``, one row a token. `Batch` is the only way from rows
-to sequences: neighbouring prompts of one length form a `Group`, contiguous rows that reshape to ``[prompts, length,
-...]`` without a copy.
+to sequences: neighbouring prompts of one length form a `Group`, contiguous rows that reshape to
+``[prompts, length, ...]`` without a copy.
 
 A batch runs its row-wise maths in one of two ways:
 
 * **natural height** (``height=None``, padded mode): every operation on all rows at once, exactly as HF does it;
 * **fixed height** (packed mode): in tiles of ``height`` rows. The bits of a GEMM row depend on the number of rows of
-the
-  call, but at one number neither on the row's place nor on the other rows; so at fixed height a prompt's bits depend on
+  the call, but at one number neither on the row's place nor on the other rows; so at fixed height a prompt's bits depend on
   the prompt alone. The rows are filled up to whole tiles, ``rows >= tokens``; what the fill rows hold is never read.
 
 The module does not know what a prompt, a layer or a weight is.

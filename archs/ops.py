@@ -122,7 +122,7 @@ def softmax_probabilities(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> T
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """HF's sdpa attention, its choice between ``enable_gqa``, packed and repeated kv heads included."""
+    """HF's sdpa attention, its choice between ``enable_gqa`` and repeated kv heads included."""
     grouped = k.shape[1] != q.shape[1]
     gqa = grouped and mask is None and k.shape[-1] == v.shape[-1] <= 256
     if grouped and not gqa:
