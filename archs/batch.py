@@ -8,8 +8,8 @@ A batch runs its row-wise maths in one of two ways:
 
 * **natural height** (``height=None``, padded mode): every operation on all rows at once, exactly as HF does it;
 * **fixed height** (packed mode): in tiles of ``height`` rows. The bits of a GEMM row depend on the number of rows of
-  the call, but at one number neither on the row's place nor on the other rows; so at fixed height a prompt's bits depend on
-  the prompt alone. The rows are filled up to whole tiles, ``rows >= tokens``; what the fill rows hold is never read.
+  the call, but at one number neither on the row's place nor on the other rows; so at fixed height a prompt's bits
+  depend on the prompt alone. The rows are filled up to whole tiles, ``rows >= tokens``; fill rows are never read.
 
 The module does not know what a prompt, a layer or a weight is.
 """
