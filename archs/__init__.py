@@ -6,10 +6,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from . import gpt2, llama
+from . import gpt2, llama, mistral, mixtral
 from .contract import ArchError, Family
 
-FAMILIES: tuple[Family, ...] = (gpt2.FAMILY, llama.FAMILY)
+FAMILIES: tuple[Family, ...] = (gpt2.FAMILY, llama.FAMILY, mistral.FAMILY, mixtral.FAMILY)
 
 
 def family(hf: Mapping[str, Any]) -> Family:

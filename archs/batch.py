@@ -61,7 +61,9 @@ class Batch:
 
     ids, positions: int64 ``[rows]``; positions count real tokens of a prompt from 0 (HF's ``mask.cumsum(-1) - 1``).
     groups: cover the first ``tokens`` rows in order. Rows after them are fill.
-    height: rows of a tile, None for natural height. attention: which of HF's implementations to reproduce.
+    height: rows of a tile, None for natural height, where each group is HF's batch and a tile of its own.
+    sparse_height: rows of a tile of what only some rows go through (experts); None where ``height`` is.
+    attention: which of HF's implementations to reproduce.
     shared: what is built once and is good for every batch of a sweep (tables, causal masks); own: what holds here only.
     """
 
@@ -70,6 +72,7 @@ class Batch:
     groups: tuple[Group, ...]
     height: int | None
     attention: Attention = "sdpa"
+    sparse_height: int | None = None
     shared: dict[Hashable, object] = field(default_factory=dict, repr=False)
     own: dict[Hashable, object] = field(default_factory=dict, repr=False)
 
@@ -86,21 +89,24 @@ class Batch:
         return memo[key]  # type: ignore[return-value]
 
     def tiles(self, rows: int) -> Iterator[slice]:
-        """The slices that row-wise maths on ``rows`` rows is cut into: one at natural height."""
-        height = self.height or rows
+        """The slices that row-wise maths on ``rows`` rows is cut into: at natural height one a group, or one in all."""
+        if self.height is None:
+            groups = [group.rows for group in self.groups] if rows == len(self.ids) else [slice(0, rows)]
+            return iter(groups)
+        height = self.height
         assert rows % height == 0, f"{rows} rows are not whole tiles of {height}"
         return (slice(start, start + height) for start in range(0, rows, height))
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x [rows, in] @ weight.T + bias``, weight ``[out, in]``; `torch.nn.functional.linear` tile by tile."""
         if self.height is None:
-            return F.linear(x, weight, bias)
+            return self.rows(lambda tile: F.linear(tile, weight, bias), x)
         return self._gemm(x, weight.t(), bias)
 
     def affine(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """``x [rows, in] @ weight + bias``, weight ``[in, out]``: what HF calls ``Conv1D``; `torch.addmm` by tiles."""
         if self.height is None:
-            return torch.addmm(bias, x, weight)
+            return self.rows(lambda tile: torch.addmm(bias, tile, weight), x)
         return self._gemm(x, weight, bias)
 
     def _gemm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -129,6 +135,17 @@ class Batch:
             out[tile] = part
         assert out is not None
         return out
+
+    def few(self, fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """``fn`` on some rows only, ``x [n, width]``: at natural height one call, else tiles of ``sparse_height``.
+
+        A tile is filled up with zero rows.
+        """
+        if self.sparse_height is None:
+            return fn(x)
+        height, n = self.sparse_height, len(x)
+        filled = F.pad(x, (0, 0, 0, -n % height))
+        return torch.cat([fn(tile) for tile in torch.split(filled, height)])[:n]
 
 
 def fixed_height(minimum: int, widths: tuple[int, ...], threads: int) -> int:

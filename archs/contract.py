@@ -12,10 +12,11 @@ It does not know files, devices, or any particular family.
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from .batch import Attention, Batch, Group
@@ -97,6 +98,42 @@ class Keys:
             raise ArchError(f"{self._where}: {key} {value!r} is not supported; supported: {', '.join(sorted(choices))}")
         return value
 
+    def optional(self, key: str, default: int | None = None) -> int | None:
+        """A positive integer, or None where the key is there and null; ``default`` is for an absent key."""
+        if key in self._hf and self._hf[key] is None:
+            self._used.add(key)
+            return None
+        return self.size(key, default) if key in self._hf or default is not None else self.get(key)
+
+    def only(self, key: str, default: Any, *allowed: Any) -> Any:
+        """A key that HF reads, of which only ``allowed`` values are computed here."""
+        value = self.get(key, default)
+        if value not in allowed:
+            known = " or ".join(repr(other) for other in allowed)
+            raise ArchError(f"{self._where}: {key!r} = {value!r} is not supported; supported: {known}")
+        return value
+
+    def sequence(self, key: str, kind: type, length: int | None = None) -> tuple[Any, ...] | None:
+        """A list of ``kind`` (int, float, str), of ``length`` if given; None if it is absent."""
+        value = self.get(key)
+        if value is None:
+            return None
+        kinds = (int, float) if kind is float else (kind,)
+        if not isinstance(value, list | tuple) or not all(type(item) in kinds for item in value):
+            raise ArchError(f"{self._where}: {key!r} must be a list of {kind.__name__}, not {value!r}")
+        if length is not None and len(value) != length:
+            raise ArchError(f"{self._where}: {key!r} has {len(value)} entries where {length} are needed")
+        return tuple(kind(item) for item in value)
+
+    def layer_types(self, layers: int, kinds: Collection[str], default: Callable[[int], str]) -> tuple[str, ...]:
+        """Each layer's kind of attention, from ``layer_types`` or by the family's rule."""
+        found = self.sequence("layer_types", str, layers) or tuple(default(layer) for layer in range(layers))
+        unknown = sorted(set(found) - set(kinds))
+        if unknown:
+            known = ", ".join(sorted(kinds))
+            raise ArchError(f"{self._where}: layer type {unknown[0]!r} is not supported; supported: {known}")
+        return found
+
     def nested(self, key: str) -> "Keys":
         """The keys of a nested mapping; an absent one is empty. It has its own `finish`."""
         value = self.get(key, {})
@@ -110,7 +147,7 @@ class Keys:
     def finish(self, harmless: Collection[str] = ()) -> None:
         """Refuse every key that was not read and is not known to be harmless."""
         for key in MUST_BE_OFF:
-            if self._hf.get(key):
+            if self._hf.get(key) and key not in self._used:
                 raise ArchError(f"{self._where}: {key!r} = {self._hf[key]!r} is not supported")
         unknown = sorted(set(self._hf) - self._used - HARMLESS - set(MUST_BE_OFF) - set(harmless))
         if unknown:
@@ -121,31 +158,90 @@ class Keys:
 # --- weights --------------------------------------------------------------------------------------------------------
 
 
+W = TypeVar("W", covariant=True)
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where one field of a weights class lies: tensor name below its prefix, and its shape in words of the config."""
+    """Where one field of a weights class lies: tensor names below its prefix, and their shape in words of the config.
 
-    name: str
-    dims: tuple[str, ...]
+    Several names are stacked along the first dimension, each of the same shape.
+    """
+
+    names: tuple[str, ...]
+    dims: tuple[str | int, ...]
     when: str | None = None
+    dtype: torch.dtype | None = None
 
     def shape(self, config: Any) -> tuple[int, ...]:
-        return tuple(getattr(config, dim) for dim in self.dims)
+        """Of each stored tensor."""
+        return tuple(dim if isinstance(dim, int) else getattr(config, dim) for dim in self.dims)
 
 
-def source(name: str, *dims: str, when: str | None = None) -> Any:
+@dataclass(frozen=True, slots=True)
+class ExpertSource:
+    """Where a layer's experts lie: below ``prefix``, ``count`` of them, each an instance of ``weights``."""
+
+    prefix: str
+    weights: type
+    count: str
+
+
+def source(
+    name: str | tuple[str, ...], *dims: str | int, when: str | None = None, dtype: torch.dtype | None = None
+) -> Any:
     """A field of a weights class.
 
-    name: the tensor's name below the layer's (or the model's) prefix. dims: its shape, each an attribute of the config.
-    when: a boolean attribute of the config; where that is false the field is None and the tensor must not exist.
+    name: the tensor's name below the layer's (or the model's) prefix; several are stacked into adjacent memory.
+    dims: its shape, each an attribute of the config or a number. when: a boolean attribute of the config; where that is
+    false the field is None and the tensor must not exist. dtype: of a tensor that is not cast to the model's.
     """
-    return dataclasses.field(metadata={"source": Source(name, dims, when)})
+    names = (name,) if isinstance(name, str) else name
+    return dataclasses.field(metadata={"source": Source(names, dims, when, dtype)})
+
+
+def experts(prefix: str, weights: type, count: str) -> Any:
+    """A field that holds a layer's `Experts`.
+
+    weights: one expert's weights class; its names come below ``prefix``. With ``{e}`` in the name each expert has
+    tensors of its own; without, a stored tensor holds all experts along a first dimension of its own.
+    count: an attribute of the config.
+    """
+    return dataclasses.field(metadata={"experts": ExpertSource(prefix, weights, count)})
 
 
 def stored(weights: type, config: Any) -> dict[str, Source]:
     """Field name -> `Source` of every tensor that a weights class takes from the checkpoint under this config."""
-    sources = {field.name: field.metadata["source"] for field in dataclasses.fields(weights)}
+    sources = {f.name: f.metadata["source"] for f in dataclasses.fields(weights) if "source" in f.metadata}
     return {name: src for name, src in sources.items() if src.when is None or getattr(config, src.when)}
+
+
+def routed(weights: type) -> dict[str, ExpertSource]:
+    """Field name -> `ExpertSource` of every handle to experts that a weights class has."""
+    return {f.name: f.metadata["experts"] for f in dataclasses.fields(weights) if "experts" in f.metadata}
+
+
+class Experts(Protocol[W]):
+    """The experts of a layer, resident or read as they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def each(self, wanted: Sequence[int]) -> Iterator[tuple[int, W]]:
+        """Index and weights of the wanted experts, in this order; weights are good until the next are asked for."""
+        ...
+
+
+@dataclass(frozen=True)
+class Resident(Generic[W]):
+    """`Experts` that are all in memory."""
+
+    held: Sequence[W]
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+    def each(self, wanted: Sequence[int]) -> Iterator[tuple[int, W]]:
+        return ((index, self.held[index]) for index in wanted)
 
 
 # --- maths ----------------------------------------------------------------------------------------------------------
@@ -179,15 +275,54 @@ no_tap: Tap = _NoTap()
 
 # --- table ----------------------------------------------------------------------------------------------------------
 
-RESIDUAL_HOOKS = ("residual_pre", "attn_out", "residual_mid", "mlp_out", "residual_post")
-SEQUENTIAL_HOOKS = (
-    *("residual_pre", "q", "k", "v", "q_rot", "k_rot", "attn_pattern", "z", "attn_out"),
-    *("residual_mid", "mlp_hidden", "mlp_out", "residual_post"),
-)
-"""The hooks of a block whose MLP comes after its attention, in the order in which they are shown."""
 MODEL_HOOKS = ("embedding", "final_norm", "logits")
 """Hooks outside the layers; their ``layer_idx`` is None."""
 READ_ONLY_HOOKS = frozenset({"attn_pattern", "logits", "router_logits", "expert_ids"})
+
+
+Shape = tuple[int, ...]
+
+
+def layer_hooks(
+    *,
+    hidden: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    value_dim: int | None = None,
+    mlp: Mapping[str, Shape],
+    parallel: bool = False,
+) -> dict[str, Shape]:
+    """The hooks of a layer in the order in which they are shown, with their shapes behind the rows.
+
+    mlp: what the MLP shows of its inside. parallel: both branches start from ``residual_pre``: no ``residual_mid``.
+    """
+    queries, keys, values = (heads, head_dim), (kv_heads, head_dim), value_dim or head_dim
+    return {
+        "residual_pre": (hidden,),
+        "q": queries,
+        "k": keys,
+        "v": (kv_heads, values),
+        "q_rot": queries,
+        "k_rot": keys,
+        "attn_pattern": (heads,),
+        "z": (heads, values),
+        "attn_out": (hidden,),
+        **({} if parallel else {"residual_mid": (hidden,)}),
+        **mlp,
+        "mlp_out": (hidden,),
+        "residual_post": (hidden,),
+    }
+
+
+def dense_hooks(width: int) -> dict[str, Shape]:
+    """What a dense MLP shows."""
+    return {"mlp_hidden": (width,)}
+
+
+def sparse_hooks(experts: int, chosen: int) -> dict[str, Shape]:
+    """What a mixture of experts shows: each token's logits over experts, and the ids of the chosen ones."""
+    return {"router_logits": (experts,), "expert_ids": (chosen,)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,13 +334,15 @@ class Family:
         ``max_positions`` (None: unbounded), ``tied``.
     embed_weights, layer_weights, norm_weights, head_weights: the weights classes; ``layer_weights`` is asked per layer.
     embed, block, final_norm, unembed: the maths, pure functions.
-    hooks: the hook points of a layer, in the order in which they come (layers may differ); widths: each one's shape
-        behind the rows.
-    prefixes: what the names of all tensors but the head's may start with. layer_prefix: a layer's, with ``{i}``.
+    hooks: the hook points of a layer, in the order in which they come, with their shapes behind the rows; layers may
+        differ. dtypes: of hooks that are not in the model's dtype (``expert_ids`` is int64 everywhere).
+    prefixes: pairs of what all names but the head's may start with, and what then the head's starts with.
+    layer_prefix: a layer's, with ``{i}``.
     embedding, head: the names of the two tensors that may be tied. ignored: patterns (re.fullmatch) below the prefix of
         tensors that may lie in a checkpoint and are not read.
     attention: the implementations HF has for the family, its default first.
     activations: config words whose values are the widths of the tensors that activation functions see.
+    about: what is special, for the table of families. since: the transformers version that it was first proved with.
     """
 
     name: str
@@ -219,12 +356,14 @@ class Family:
     block: Callable[[Tensor, Any, Any, int, Batch, Tap], Tensor]
     final_norm: Callable[[Tensor, Any, Any, Batch], Tensor]
     unembed: Callable[[Tensor, Any, Any, Batch], Tensor]
-    hooks: Callable[[Any, int], tuple[str, ...]]
-    widths: Callable[[Any], Mapping[str, tuple[int, ...]]]
-    prefixes: tuple[str, ...]
+    hooks: Callable[[Any, int], Mapping[str, Shape]]
+    prefixes: tuple[tuple[str, str], ...]
     layer_prefix: str
     embedding: str
     head: str
     ignored: tuple[str, ...] = ()
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     attention: tuple[Attention, ...] = ("sdpa", "eager")
     activations: tuple[str, ...] = ("mlp_width",)
+    about: str = ""
+    since: str = "5.23.0"

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .batch import Batch
-from .contract import MOST_LAYERS, RESIDUAL_HOOKS, SEQUENTIAL_HOOKS, ArchError, Family, Keys, Tap, source
+from .contract import MOST_LAYERS, ArchError, Family, Keys, Shape, Tap, dense_hooks, layer_hooks, source
 from .ops import ACTIVATIONS, attention, heads, layer_norm, mlp
 
 # --- config ---------------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def block(x: Tensor, w: Layer, c: Config, layer: int, batch: Batch, tap: Tap) ->
     q, k, v = tap("q", q), tap("k", k), tap("v", v)
     q, k = tap("q_rot", q), tap("k_rot", k)
     eager = upcast_probabilities if c.upcast_scores else probabilities
-    z = tap("z", attention(q, k, v, batch, tap, c.scale(layer), eager))
+    z = tap("z", attention(q, k, v, batch, tap, c.scale(layer), eager=eager))
     x = tap("residual_mid", x + tap("attn_out", affine(z.flatten(1), w.o, w.o_bias)))
 
     def hidden(m: Tensor) -> Tensor:
@@ -167,14 +167,10 @@ def unembed(x: Tensor, w: Head, c: Config, batch: Batch) -> Tensor:
     return batch.linear(x, w.unembed)
 
 
-def widths(c: Config) -> dict[str, tuple[int, ...]]:
+def hooks(c: Config, layer: int) -> dict[str, Shape]:
     """Shape behind the rows at every hook of a layer."""
-    return {
-        **dict.fromkeys(RESIDUAL_HOOKS, (c.hidden,)),
-        **dict.fromkeys(("q", "k", "v", "q_rot", "k_rot", "z"), (c.heads, c.hidden // c.heads)),
-        "mlp_hidden": (c.mlp_width,),
-        "attn_pattern": (c.heads,),
-    }
+    width = c.hidden // c.heads
+    return layer_hooks(hidden=c.hidden, heads=c.heads, kv_heads=c.heads, head_dim=width, mlp=dense_hooks(c.mlp_width))
 
 
 # --- table ----------------------------------------------------------------------------------------------------------
@@ -191,11 +187,11 @@ FAMILY = Family(
     block=block,
     final_norm=final_norm,
     unembed=unembed,
-    hooks=lambda c, layer: SEQUENTIAL_HOOKS,
-    widths=widths,
-    prefixes=("transformer.", ""),
+    hooks=hooks,
+    prefixes=(("transformer.", ""), ("", "")),
     layer_prefix="h.{i}.",
     embedding="wte.weight",
     head="lm_head.weight",
+    about="learned positions, LayerNorm, fused qkv, matrices stored [in, out]",
     ignored=(r"h\.\d+\.attn\.(bias|masked_bias)",),
 )

@@ -10,13 +10,13 @@ Also what is a Llama under another name: Yi, SmolLM, TinyLlama, Vicuna. Does not
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from .batch import Batch
-from .contract import MOST_LAYERS, RESIDUAL_HOOKS, SEQUENTIAL_HOOKS, ArchError, Family, Keys, Tap, source
+from .contract import MOST_LAYERS, ArchError, Family, Keys, Shape, Tap, dense_hooks, layer_hooks, source
 from .ops import ACTIVATIONS, attention, heads, mlp, rms_norm
 from .rope import Rope, rotary, rotate
 
@@ -43,33 +43,43 @@ class Config:
     max_positions: int | None = None
 
     @classmethod
-    def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
+    def from_hf(cls, hf: Mapping[str, Any]) -> Self:
         keys = Keys(hf)
+        config = cls.read(keys)
+        keys.finish(HARMLESS)
+        return config
+
+    @classmethod
+    def read(cls, keys: Keys, **own: Any) -> Self:
+        """The words of every Llama-like config; ``own``: what a family has besides, or reads in another way."""
         hidden, n_heads = keys.size("hidden_size"), keys.size("num_attention_heads")
-        head_dim, kv_heads = keys.size("head_dim", hidden // n_heads), keys.size("num_key_value_heads", n_heads)
-        if "head_dim" not in keys and hidden % n_heads:
+        head_dim = own.get("head_dim") or keys.size("head_dim", hidden // n_heads)
+        kv_heads = own.get("kv_heads") or keys.size("num_key_value_heads", n_heads)
+        if head_dim == hidden // n_heads and "head_dim" not in keys and hidden % n_heads:
             raise ArchError(f"hidden_size {hidden} is not a multiple of num_attention_heads {n_heads}")
         if n_heads % kv_heads:
             raise ArchError(f"num_attention_heads {n_heads} is not a multiple of num_key_value_heads {kv_heads}")
         if head_dim % 2:
             raise ArchError(f"head_dim {head_dim} is odd: rotary embedding needs pairs")
-        config = cls(
-            layers=keys.size("num_hidden_layers", most=MOST_LAYERS),
-            hidden=hidden,
-            heads=n_heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            mlp_width=keys.size("intermediate_size"),
-            vocab=keys.size("vocab_size"),
-            act=keys.choice("hidden_act", "silu", ACTIVATIONS),
-            eps=keys.number("rms_norm_eps", 1e-6),
-            rope=Rope.from_hf(keys, head_dim, keys.size("max_position_embeddings", 2048)),
-            attention_bias=keys.flag("attention_bias", False),
-            mlp_bias=keys.flag("mlp_bias", False),
-            tied=keys.flag("tie_word_embeddings", False),
-        )
-        keys.finish({"attention_dropout"})
-        return config
+        words: dict[str, Any] = {
+            "layers": keys.size("num_hidden_layers", most=MOST_LAYERS),
+            "hidden": hidden,
+            "heads": n_heads,
+            "kv_heads": kv_heads,
+            "head_dim": head_dim,
+            "mlp_width": keys.size("intermediate_size"),
+            "vocab": keys.size("vocab_size"),
+            "act": own.get("act") or keys.choice("hidden_act", "silu", ACTIVATIONS),
+            "eps": keys.number("rms_norm_eps", 1e-6),
+            "rope": own.get("rope") or Rope.from_hf(keys, head_dim, keys.size("max_position_embeddings", 2048)),
+        }
+        for word, key in {
+            "attention_bias": "attention_bias",
+            "mlp_bias": "mlp_bias",
+            "tied": "tie_word_embeddings",
+        }.items():
+            words[word] = own[word] if word in own else keys.flag(key, False)
+        return cls(**words | own)
 
     @property
     def q_width(self) -> int:
@@ -79,6 +89,8 @@ class Config:
     def kv_width(self) -> int:
         return self.kv_heads * self.head_dim
 
+
+HARMLESS = frozenset({"attention_dropout"})
 
 # --- weights --------------------------------------------------------------------------------------------------------
 
@@ -158,16 +170,11 @@ def unembed(x: Tensor, w: Head, c: Config, batch: Batch) -> Tensor:
     return batch.linear(x, w.unembed)
 
 
-def widths(c: Config) -> dict[str, tuple[int, ...]]:
+def hooks(c: Config, layer: int) -> dict[str, Shape]:
     """Shape behind the rows at every hook of a layer."""
-    queries, keys = (c.heads, c.head_dim), (c.kv_heads, c.head_dim)
-    return {
-        **dict.fromkeys(RESIDUAL_HOOKS, (c.hidden,)),
-        **dict.fromkeys(("q", "q_rot", "z"), queries),
-        **dict.fromkeys(("k", "k_rot", "v"), keys),
-        "mlp_hidden": (c.mlp_width,),
-        "attn_pattern": (c.heads,),
-    }
+    return layer_hooks(
+        hidden=c.hidden, heads=c.heads, kv_heads=c.kv_heads, head_dim=c.head_dim, mlp=dense_hooks(c.mlp_width)
+    )
 
 
 # --- table ----------------------------------------------------------------------------------------------------------
@@ -184,11 +191,11 @@ FAMILY = Family(
     block=block,
     final_norm=final_norm,
     unembed=unembed,
-    hooks=lambda c, layer: SEQUENTIAL_HOOKS,
-    widths=widths,
-    prefixes=("model.", ""),
+    hooks=hooks,
+    prefixes=(("model.", ""), ("", "")),
     layer_prefix="layers.{i}.",
     embedding="embed_tokens.weight",
     head="lm_head.weight",
+    about="Llama 1 to 3.3, Yi, SmolLM, TinyLlama, Vicuna",
     ignored=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"rotary_emb\.inv_freq"),
 )

@@ -1,4 +1,4 @@
-"""The operations that families share: norms, activations, attention.
+"""The operations that families share: norms, activations, attention, a mixture of experts.
 
 Each is the chain of operations of the Hugging Face forward, in its order of rounding, so that its bits are the same;
 where another chain is used it was shown to give equal bits. Attention follows Vaswani et al. (2017), grouped queries
@@ -7,6 +7,9 @@ Ainslie et al. (2023), RMSNorm Zhang and Sennrich (2019). Nothing here knows a f
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +17,9 @@ from einops import rearrange
 from torch import Tensor
 
 from .batch import Batch, Group
-from .contract import Tap
+from .contract import Experts, Tap
+
+W = TypeVar("W")
 
 # --- norms ----------------------------------------------------------------------------------------------------------
 
@@ -24,7 +29,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.float(), (x.shape[-1],), eps=eps).to(x.dtype).mul_(weight)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def rms_norm_late(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of the OLMo 2 kind: scaled in fp32 too, rounded once at the end."""
+    return (weight * F.rms_norm(x.float(), (x.shape[-1],), eps=eps)).to(x.dtype)
+
+
+def rms_norm_gemma(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of the Gemma kind: as the late one, and the scale is ``1 + weight``."""
+    return (F.rms_norm(x.float(), (x.shape[-1],), eps=eps) * (1.0 + weight.float())).to(x.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """`torch.nn.LayerNorm` over the last dimension of ``x [rows, width]``."""
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
@@ -69,50 +84,31 @@ def mlp(
 
 # --- attention ------------------------------------------------------------------------------------------------------
 
-Probabilities = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-"""``(q [b, h, s, d], k [b, h, s, d], additive mask [b, 1, s, s] or [s, s], scale) -> [b, h, s, s]``, dtype of q."""
+
+@dataclass(frozen=True, slots=True)
+class Sees:
+    """Which earlier tokens a query may see; all of them by default.
+
+    window: the last so many, itself included. chunk: those in its own part when a prompt is cut into parts of so many.
+    explicit: sdpa is given a mask even where causality is all that it says.
+    """
+
+    window: int | None = None
+    chunk: int | None = None
+    explicit: bool = False
+
+    def all_of(self, length: int) -> bool:
+        """Whether transformers leaves the mask to sdpa's own causality at this length."""
+        limit = self.window or self.chunk
+        return not self.explicit and (limit is None or length < limit)
+
+
+ALL = Sees()
 
 
 def heads(x: Tensor, width: int) -> Tensor:
     """``[rows, heads * width] -> [rows, heads, width]``, a view."""
     return rearrange(x, "rows (heads width) -> rows heads width", width=width)
-
-
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, batch: Batch, tap: Tap, scale: float, probabilities: Probabilities | None = None
-) -> Tensor:
-    """Causal attention, one length group at a time: ``[rows, heads, d], [rows, kv_heads, d] x 2 -> [rows, heads, d]``.
-
-    ``scale`` multiplies ``q k^T``. ``probabilities`` replaces `softmax_probabilities` where a family's eager attention
-    is written differently. Shows ``attn_pattern`` where it is wanted: the probabilities themselves under eager, under
-    sdpa a by-product in fp32 from which nothing else is computed.
-
-    At fixed height every prompt is a call of its own, on copies: the bits of a product depend on how many are in the
-    batch, and in fp32 on whether addresses are multiples of 16 bytes.
-    """
-    z = q.new_empty(*q.shape[:-1], v.shape[-1])
-    z[batch.tokens :] = 0
-    for group in batch.groups:
-        whole = tuple(group.sequences(x).transpose(1, 2) for x in (q, k, v, z))
-        calls = [whole] if batch.height is None else zip(*(torch.split(x, 1) for x in whole), strict=True)
-        patterns: list[Tensor] = []
-        for queries, keys, values, out in calls:
-            if batch.height is not None:
-                queries, keys, values = queries.clone(), keys.clone(), values.clone()
-            if batch.attention == "eager":
-                keys, values = _repeat(keys, queries), _repeat(values, queries)
-                p = (probabilities or softmax_probabilities)(queries, keys, _additive(batch, group, q.dtype), scale)
-                out.copy_(torch.matmul(p, values))
-            else:
-                out.copy_(_sdpa(queries, keys, values, None if group.mask is None else _visible(batch, group), scale))
-                if tap.wants("attn_pattern"):
-                    exact = _repeat(keys, queries).float()
-                    p = softmax_probabilities(queries.float(), exact, _additive(batch, group, torch.float32), scale)
-            if tap.wants("attn_pattern"):
-                patterns.append(p)
-        if patterns:
-            tap("attn_pattern", torch.cat(patterns), group)
-    return z
 
 
 def softmax_probabilities(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -121,7 +117,7 @@ def softmax_probabilities(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> T
     return F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """HF's sdpa attention, its choice between ``enable_gqa`` and repeated kv heads included."""
     grouped = k.shape[1] != q.shape[1]
     gqa = grouped and mask is None and k.shape[-1] == v.shape[-1] <= 256
@@ -129,6 +125,59 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) ->
         k, v = _repeat(k, q), _repeat(v, q)
     causal = mask is None and q.shape[2] > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, is_causal=causal, enable_gqa=gqa)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    batch: Batch,
+    tap: Tap,
+    scale: float,
+    *,
+    sees: Sees = ALL,
+    eager: Callable[..., Tensor] = softmax_probabilities,
+    sdpa: Callable[..., Tensor] = sdpa,
+    bias: Callable[[Group], Tensor] | None = None,
+) -> Tensor:
+    """Causal attention, a length group at a time: ``[rows, heads, d], [rows, kv_heads, d] x 2 -> [rows, heads, d]``.
+
+    ``scale`` multiplies ``q k^T``. Shows ``attn_pattern`` where it is wanted: the probabilities themselves under eager,
+    under sdpa a by-product in fp32 from which nothing else is computed.
+
+    eager: ``(q [b, h, s, d], k [b, h, s, d], additive mask [b | 1, 1, s, s] or [s, s], scale) -> [b, h, s, s]``, for a
+    family whose probabilities are written differently. sdpa: ``(q, k, v [b, kv, s, d], bool mask or None, scale) ->
+    [b, h, s, d]``. bias: makes ``[b | 1, h, 1, s]`` for a group (alibi), handed to both of them as a last argument.
+
+    At fixed height every prompt is a call of its own, on copies: the bits of a product depend on how many are in the
+    batch, and in fp32 on whether addresses are multiples of 16 bytes.
+    """
+    z = q.new_empty(*q.shape[:-1], v.shape[-1])
+    z[batch.tokens :] = 0
+    for group in batch.groups:
+        added = () if bias is None else (bias(group),)
+        whole = tuple(group.sequences(x).transpose(1, 2) for x in (q, k, v, z))
+        calls = [whole] if batch.height is None else zip(*(torch.split(x, 1) for x in whole), strict=True)
+        patterns: list[Tensor] = []
+        for queries, keys, values, out in calls:
+            if batch.height is not None:
+                queries, keys, values = queries.clone(), keys.clone(), values.clone()
+            if batch.attention == "eager":
+                keys, values = _repeat(keys, queries), _repeat(values, queries)
+                p = eager(queries, keys, _additive(batch, group, sees, q.dtype), scale, *added)
+                out.copy_(torch.matmul(p, values))
+            else:
+                explicit = group.mask is not None or not sees.all_of(group.length)
+                mask = _visible(batch, group, sees) if explicit else None
+                out.copy_(sdpa(queries, keys, values, mask, scale, *added))
+                if tap.wants("attn_pattern"):
+                    exact = _repeat(keys, queries).float()
+                    p = eager(queries.float(), exact, _additive(batch, group, sees, torch.float32), scale, *added)
+            if tap.wants("attn_pattern"):
+                patterns.append(p)
+        if patterns:
+            tap("attn_pattern", torch.cat(patterns), group)
+    return z
 
 
 def _repeat(x: Tensor, like: Tensor) -> Tensor:
@@ -140,30 +189,82 @@ def _repeat(x: Tensor, like: Tensor) -> Tensor:
     return x[:, :, None].expand(-1, -1, times, -1, -1).flatten(1, 2)
 
 
-def _visible(batch: Batch, group: Group) -> Tensor:
-    """Bool ``[b, 1, s, s]``: which key each query may see, by causality and padding."""
-    assert group.mask is not None
-    key = group.mask[:, None, None, :]
-    return batch.once(("visible", group.start), lambda: _causal(batch, group.length) & key)
+def _visible(batch: Batch, group: Group, sees: Sees) -> Tensor:
+    """Bool ``[b, 1, s, s]``, or ``[s, s]`` without padding: which key each query may see."""
+    if group.mask is None:
+        return _causal(batch, group.length, sees)
+    real = group.mask
+
+    def build() -> Tensor:
+        if sees.chunk is None:
+            return _causal(batch, group.length, sees) & real[:, None, None, :]
+        pads = real.cumsum(-1).eq(0).sum(-1, keepdim=True)  # [b, 1]: parts are counted from a prompt's first token
+        part = torch.div(torch.arange(group.length, device=real.device) - pads, sees.chunk, rounding_mode="floor")
+        same = part[:, None, :, None] == part[:, None, None, :]
+        return _causal(batch, group.length, ALL) & same & real[:, None, None, :]
+
+    return batch.once(("visible", group.start, sees), build)
 
 
-def _causal(batch: Batch, length: int) -> Tensor:
+def _causal(batch: Batch, length: int, sees: Sees) -> Tensor:
     """Bool ``[s, s]``: a corner of a larger one that other lengths share, as one for each would not fit."""
     side, device = 1 << (length - 1).bit_length(), batch.ids.device
-    square = batch.once(
-        ("causal", side), lambda: torch.ones(side, side, dtype=torch.bool, device=device).tril(), shared=True
-    )
+
+    def build() -> Tensor:
+        square = torch.ones(side, side, dtype=torch.bool, device=device).tril()
+        if sees.window is not None:
+            square = square.triu(1 - sees.window)
+        if sees.chunk is not None:
+            part = torch.arange(side, device=device) // sees.chunk
+            square &= part[:, None] == part
+        return square
+
+    square = batch.once(("causal", side, sees), build, shared=True)
     return square[:length, :length]
 
 
-def _additive(batch: Batch, group: Group, dtype: torch.dtype) -> Tensor:
+def _additive(batch: Batch, group: Group, sees: Sees, dtype: torch.dtype) -> Tensor:
     """The same as 0 and ``finfo(dtype).min``, HF's eager mask: ``[b, 1, s, s]``, or ``[s, s]`` without padding."""
 
     def build(visible: Tensor) -> Tensor:
         return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
 
     if group.mask is not None:
-        return batch.once(("additive", group.start, dtype), lambda: build(_visible(batch, group)))
+        return batch.once(("additive", group.start, sees, dtype), lambda: build(_visible(batch, group, sees)))
     side = 1 << (group.length - 1).bit_length()
-    square = batch.once(("additive", side, dtype), lambda: build(_causal(batch, side)), shared=True)
+    square = batch.once(("additive", side, sees, dtype), lambda: build(_causal(batch, side, sees)), shared=True)
     return square[: group.length, : group.length]
+
+
+# --- a mixture of experts -------------------------------------------------------------------------------------------
+
+
+def routed(
+    x: Tensor,
+    ids: Tensor,
+    scores: Tensor,
+    experts: Experts[W],
+    batch: Batch,
+    expert: Callable[[W, Tensor], Tensor],
+) -> Tensor:
+    """What the chosen experts make of each row, times its score, summed in the order of choice: ``[rows, hidden]``.
+
+    x ``[rows, hidden]``; ids int64 and scores ``[rows, k]`` (fp32 scores make the products and the sum fp32, rounded to
+    x's dtype at the end); expert: ``(one expert's weights, rows [n, hidden]) -> [n, hidden]``.
+
+    Each expert is asked for once, and sees exactly the rows that HF's ``grouped_mm`` would show it, in its order (that
+    of an unstable sort): at natural height a group at a time, pads included; at fixed height tiles of
+    ``batch.sparse_height``. Fill rows are not routed.
+    """
+    k = ids.shape[1]
+    parts = [group.rows for group in batch.groups] if batch.height is None else [slice(0, batch.tokens)]
+    terms = torch.zeros(*ids.shape, x.shape[-1], dtype=torch.promote_types(x.dtype, scores.dtype), device=x.device)
+    chosen = [torch.sort(ids[part].flatten()) for part in parts]
+    for index, weights in experts.each(sorted(set(ids[: batch.tokens].flatten().tolist()))):
+        for part, (values, places) in zip(parts, chosen, strict=True):
+            place = places[values == index]
+            row, choice = part.start + place // k, place % k
+            if len(row):
+                made = batch.few(partial(expert, weights), x[row])
+                terms[row, choice] = made * scores[row, choice, None]
+    return batch.rows(lambda tile: tile.sum(1), terms).to(x.dtype)

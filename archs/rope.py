@@ -1,26 +1,40 @@
 """Rotary position embedding (Su et al., 2021): frequencies, tables, rotation.
 
 The scaled kinds are those of transformers' ``modeling_rope_utils``: linear (position interpolation), dynamic (NTK by
-the length of the sequence), yarn (Peng et al., 2023) and llama3. All frequencies are computed on the CPU in fp32: an
-accelerator's differ in the last bit. Knows neither families nor files.
+the length of the sequence), yarn (Peng et al., 2023), longrope (Ding et al., 2024) and llama3. All frequencies are
+computed on the CPU in fp32: an accelerator's differ in the last bit.
+
+Dynamic and longrope depend on the longest sequence of a batch. In packed mode that is the prompt alone; in padded mode
+it is the longest prompt of the microbatch, as in a fresh Hugging Face model (a used one remembers longer batches).
+Knows neither families nor files.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .batch import Batch
 from .contract import ArchError, Keys
 
-KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+KINDS = ("default", "linear", "dynamic", "llama3", "longrope", "yarn")
+BY_LENGTH = ("dynamic", "longrope")
+"""Kinds whose frequencies depend on the longest sequence."""
+ALIASES = {"su": "longrope"}
+"""Names of old files."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
-    """One rotary embedding in the words of ``rope_parameters``; ``dim`` is the rotated part of a head."""
+    """One rotary embedding in the words of ``rope_parameters``; ``dim`` is the rotated part of a head.
+
+    short, long: of longrope, a divisor for each frequency up to ``original`` tokens and beyond.
+    """
 
     kind: str
     dim: int
@@ -34,24 +48,45 @@ class Rope:
     beta_slow: float = 1.0
     attention_factor: float = 1.0
     truncate: bool = True
+    short: tuple[float, ...] = ()
+    long: tuple[float, ...] = ()
 
     @classmethod
-    def from_hf(cls, keys: Keys, dim: int, max_positions: int, theta: float = 10000.0) -> "Rope":
-        """From ``rope_parameters`` (transformers 5) or ``rope_scaling`` and ``rope_theta`` (before)."""
+    def from_hf(
+        cls, keys: Keys, head_dim: int, max_positions: int, theta: float = 10000.0, *, partial: float | None = None
+    ) -> "Rope":
+        """From ``rope_parameters`` (transformers 5) or ``rope_scaling`` and ``rope_theta`` (before).
+
+        theta: the family's default. partial: the share of a head that is rotated where the config does not say; None
+        for a family that always rotates whole heads.
+        """
         scaled = keys.nested("rope_scaling" if keys.get("rope_scaling") else "rope_parameters")
         for name in ("rope_scaling", "rope_parameters"):
             keys.get(name)
-        theta = scaled.number("rope_theta", keys.number("rope_theta", theta))
-        kind = scaled.choice("rope_type" if "rope_type" in scaled else "type", "default", KINDS)
+        return cls.read(scaled, keys, head_dim, max_positions, keys.number("rope_theta", theta), partial=partial)
+
+    @classmethod
+    def read(
+        cls, scaled: Keys, keys: Keys, head_dim: int, max_positions: int, theta: float, *, partial: float | None = None
+    ) -> "Rope":
+        """From the mapping of one rotary embedding; ``keys``: the config around it. Finishes ``scaled``."""
+        theta = scaled.number("rope_theta", theta)
+        kind = scaled.choice("rope_type" if "rope_type" in scaled else "type", "default", (*KINDS, *ALIASES))
+        kind = ALIASES.get(kind, kind)
         scaled.get("type")
-        if scaled.number("partial_rotary_factor", keys.number("partial_rotary_factor", 1.0)) != 1.0:
-            raise ArchError("partial_rotary_factor is not supported by this family")
+        rotated = 1.0 if partial is None else partial
+        share = scaled.number("partial_rotary_factor", keys.number("partial_rotary_factor", rotated))
+        if partial is None and share != 1.0:
+            raise ArchError(f"'partial_rotary_factor' = {share} is not supported by this family")
+        dim = int(head_dim * share)
+        if dim < 2 or dim % 2 or dim > head_dim:
+            raise ArchError(f"{dim} of {head_dim} dimensions of a head would be rotated: rotary embedding needs pairs")
         rope = cls(kind=kind, dim=dim, theta=theta, max_positions=max_positions)
         stored = scaled.size("original_max_position_embeddings", max_positions)
         original = keys.size("original_max_position_embeddings", stored)
         if kind in ("linear", "dynamic"):
             rope = dataclasses.replace(rope, factor=scaled.number("factor"))
-        if kind in ("llama3", "yarn"):
+        if kind in ("llama3", "yarn", "longrope"):
             rope = dataclasses.replace(rope, original=original)
         if kind == "llama3":
             rope = dataclasses.replace(
@@ -62,8 +97,20 @@ class Rope:
             )
         if kind == "yarn":
             rope = rope._yarn(scaled)
+        if kind == "longrope":
+            rope = rope._longrope(scaled)
         scaled.finish({"factor"})
         return rope
+
+    def _longrope(self, scaled: Keys) -> "Rope":
+        short, long = (scaled.sequence(key, float, self.dim // 2) for key in ("short_factor", "long_factor"))
+        if short is None or long is None:
+            raise ArchError("rope type 'longrope' needs 'short_factor' and 'long_factor'")
+        factor = scaled.number("factor", self.max_positions / self.original)
+        grown = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(self.original))
+        return dataclasses.replace(
+            self, short=short, long=long, attention_factor=scaled.number("attention_factor", grown)
+        )
 
     def _yarn(self, scaled: Keys) -> "Rope":
         factor = scaled.number("factor", self.max_positions / self.original)
@@ -82,10 +129,12 @@ class Rope:
         )
 
     def inv_freq(self, longest: int) -> Tensor:
-        """fp32 ``[dim / 2]``, for a batch whose longest sequence has ``longest`` tokens (only `dynamic` cares)."""
+        """fp32 ``[dim / 2]``, for a batch whose longest sequence has ``longest`` tokens (only `BY_LENGTH` care)."""
         exponents = torch.arange(0, self.dim, 2, dtype=torch.int64).float() / self.dim
         if self.kind == "dynamic":
             return 1.0 / (self._dynamic_base(longest) ** exponents)
+        if self.kind == "longrope":
+            return 1.0 / (torch.tensor(self.long if longest > self.original else self.short) * self.theta**exponents)
         inv_freq = 1.0 / (self.theta**exponents)
         if self.kind == "linear":
             return inv_freq / self.factor
@@ -127,33 +176,78 @@ class Rope:
 def rotary(rope: Rope, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin ``[rows, 1, dim]`` at the batch's positions, computed in fp32 and rounded to ``dtype``."""
 
-    def tables(length: int, longest: int) -> tuple[Tensor, Tensor]:
+    def table(length: int, longest: int) -> tuple[Tensor, Tensor]:
         angles = torch.arange(length, dtype=torch.float32)[:, None] * rope.inv_freq(longest)
         angles = torch.cat((angles, angles), dim=-1)
         both = angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
-        cos, sin = (table.to(dtype).to(batch.ids.device)[:, None] for table in both)
+        cos, sin = (part.to(dtype).to(batch.ids.device)[:, None] for part in both)
         return cos, sin
 
-    def gather() -> tuple[Tensor, Tensor]:
-        if rope.kind != "dynamic":
-            limit = 1 << max(group.length for group in batch.groups).bit_length()
-            cos, sin = batch.once((rope, dtype, limit), lambda: tables(limit, 0), shared=True)
-            return cos[batch.positions], sin[batch.positions]
-        cos = torch.empty(len(batch.ids), 1, rope.dim, dtype=dtype, device=batch.ids.device)
-        cos[batch.tokens :] = 1
-        sin = torch.zeros_like(cos)
-        for group in batch.groups:
-            table = tables(group.length, group.longest)  # not shared: one for every length would not fit
-            cos[group.rows], sin[group.rows] = (part[batch.positions[group.rows]] for part in table)
-        return cos, sin
+    return batch.once((rope, dtype), lambda: _at_positions(rope, batch, dtype, table))
 
-    return batch.once((rope, dtype), gather)
+
+def rotary_complex(rope: Rope, batch: Batch) -> Tensor:
+    """complex64 ``[rows, 1, dim / 2]``: cos + i sin at the batch's positions, times the attention factor."""
+
+    def table(length: int, longest: int) -> tuple[Tensor]:
+        angles = torch.arange(length, dtype=torch.float32)[:, None] * rope.inv_freq(longest)
+        turns = torch.polar(torch.ones_like(angles), angles) * rope.attention_factor
+        return (turns.to(batch.ids.device)[:, None],)
+
+    return batch.once((rope, "complex"), lambda: _at_positions(rope, batch, "complex", table))[0]
+
+
+T = TypeVar("T", bound=tuple[Tensor, ...])
+
+
+def _at_positions(rope: Rope, batch: Batch, kind: Hashable, table: Callable[[int, int], T]) -> T:
+    """Rows of ``table(length, longest)``, tensors ``[length, ...]``, at every row's position.
+
+    One table serves a whole sweep, except where frequencies depend on the longest sequence.
+    """
+    if rope.kind not in BY_LENGTH:
+        limit = 1 << max(group.length for group in batch.groups).bit_length()
+        shared = batch.once((rope, kind, limit), lambda: table(limit, 0), shared=True)
+        return tuple(part[batch.positions] for part in shared)  # type: ignore[return-value]
+    out: list[Tensor] = []
+    for group in batch.groups:
+        parts = table(group.length, group.longest)  # not shared: one for every length would not fit
+        out = out or [part.new_ones(len(batch.ids), *part.shape[1:]) for part in parts]
+        for whole, part in zip(out, parts, strict=True):
+            whole[group.rows] = part[batch.positions[group.rows]]
+    return tuple(out)  # type: ignore[return-value]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``x cos + rotate_half(x) sin`` for ``x [rows, heads, dim]``, with the roundings of that sum."""
-    half = x.shape[-1] // 2
-    out = x * cos
-    out[..., :half] -= x[..., half:] * sin[..., :half]
-    out[..., half:] += x[..., :half] * sin[..., half:]
-    return out
+    """``x cos + rotate_half(x) sin`` for ``x [rows, heads, width]``, with the roundings of that sum.
+
+    Where cos and sin are narrower than a head its last dimensions stay as they are; where they are fp32 the sum is, and
+    the result is rounded to the dtype of x.
+    """
+    dim = cos.shape[-1]
+    half, turned = dim // 2, x[..., :dim]
+    out = turned * cos
+    out[..., :half] -= turned[..., half:] * sin[..., :half]
+    out[..., half:] += turned[..., :half] * sin[..., half:]
+    return _with_rest(out, x)
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same for neighbouring dimensions: pair i of a head turns by frequency i, ``[x0 x1 x2 x3 ...]``."""
+    dim = cos.shape[-1]
+    cos, sin = cos[..., : dim // 2], sin[..., : dim // 2]
+    even, odd = x[..., 0:dim:2], x[..., 1:dim:2]
+    out = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+    return _with_rest(out, x)
+
+
+def rotate_complex(x: Tensor, turns: Tensor) -> Tensor:
+    """The same pairs as complex numbers in fp32: ``x [rows, heads, dim]`` times ``turns``, rounded to x's dtype."""
+    pairs = torch.view_as_complex(rearrange(x.float(), "... (pairs two) -> ... pairs two", two=2).contiguous())
+    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+
+
+def _with_rest(turned: Tensor, x: Tensor) -> Tensor:
+    rest = x[..., turned.shape[-1] :]
+    turned = turned.to(x.dtype)
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned

@@ -48,8 +48,14 @@ class SweepContext:
     def widths(self, hook: str) -> tuple[int, ...]:
         """Shape behind ``[b, s]`` at a hook (behind ``[b]`` at "attn_pattern", whose last two are lengths)."""
         model_level = {"embedding": (self.hidden,), "final_norm": (self.hidden,), "logits": (self.vocab,)}
-        found: tuple[int, ...] = {**self.family.widths(self.config), **model_level}[hook]
-        return found
+        if hook in model_level:
+            return model_level[hook]
+        by_layer = (self.family.hooks(self.config, layer) for layer in range(self.layers))
+        return next(hooks[hook] for hooks in by_layer if hook in hooks)
+
+    def dtype_at(self, hook: str) -> torch.dtype:
+        """The dtype of the values at a hook: the model's, except where the family says otherwise."""
+        return torch.int64 if hook == "expert_ids" else self.family.dtypes.get(hook, self.dtype)
 
     def sites(self, callback: Callback) -> tuple[Site, ...]:
         return tuple(self.bound[id(callback)])

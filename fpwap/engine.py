@@ -91,7 +91,12 @@ def _visit(
     plan, recorder = parts.plan, parts.recorder
     with recorder.span("residual", stages[0].label):
         batch = parts.table.batch(
-            microbatch, device=plan.device, height=plan.height, attention=plan.attention, shared=shared
+            microbatch,
+            device=plan.device,
+            height=plan.height,
+            sparse_height=plan.sparse_height,
+            attention=plan.attention,
+            shared=shared,
         )
         x = torch.zeros(len(batch.ids), parts.config.hidden, dtype=plan.dtype, device=plan.device)
         real = x[: batch.tokens]

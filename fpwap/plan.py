@@ -22,6 +22,8 @@ from .sites import where
 HEIGHT = {"cpu": 1024}
 """Rows of a GEMM tile in packed mode, by device type; what is not named here has `ACCELERATOR_HEIGHT`."""
 ACCELERATOR_HEIGHT = 2048
+SPARSE_HEIGHT = 128
+"""Rows of a tile within an expert, which sees only some of a microbatch's rows."""
 FLOPS = {"cpu": {torch.bfloat16: 3e11, torch.float16: 3e10, torch.float32: 1.5e11}}
 ACCELERATOR_FLOPS = 5e13
 DISK_BYTES_PER_S = 1e9
@@ -67,6 +69,7 @@ class Plan:
     microbatches: int
     microbatch: str
     height: int | None
+    sparse_height: int | None
     schedule: Schedule
     tier: Tier
     costs: Costs
@@ -161,9 +164,11 @@ def make_plan(
     )
 
 
-def tile_height(device: torch.device, widths: tuple[int, ...]) -> int:
-    """Rows of every GEMM in packed mode. widths: of what goes through activations."""
-    return fixed_height(HEIGHT.get(device.type, ACCELERATOR_HEIGHT), widths, torch.get_num_threads())
+def tile_heights(device: torch.device, widths: tuple[int, ...]) -> tuple[int, int]:
+    """Rows of every GEMM in packed mode, and of those within an expert. widths: of what goes through activations."""
+    heights = HEIGHT.get(device.type, ACCELERATOR_HEIGHT), SPARSE_HEIGHT
+    dense, sparse = (fixed_height(height, widths, torch.get_num_threads()) for height in heights)
+    return dense, sparse
 
 
 def _tier(asked: str, need: int, device: torch.device, memory_free: int) -> Tier:

@@ -19,14 +19,14 @@ from archs.contract import ArchError, Family
 
 from . import hub, machine
 from .callbacks.base import Callback, Declared, Site
+from .checkpoint import INDEX, SINGLE, Checkpoint, Layout, lay_out, shard_names
 from .context import SweepContext
 from .errors import CallbackError, ModelError, RequestError
-from .plan import Costs, Plan, make_plan, tile_height
+from .plan import Costs, Plan, make_plan, tile_heights
 from .prompts import Prompts, TokenTable, arrange
 from .schedule import Schedule, Stage, group_stages
 from .sites import Targets, bind, check_positions, stage_of, where
 from .store import Record
-from .weights import DTYPES, INDEX, SINGLE, Checkpoint, Layout, lay_out, shard_names
 
 MICROBATCH_HEIGHTS = 4
 """Tiles of a packed microbatch by default: the fill of the last one is a few percent."""
@@ -124,12 +124,12 @@ def prepare(
         check_positions(callback, prompts.lengths)
 
     checkpoint, layout = open_checkpoint(model)
-    if stage_of(targets.last).kind == "head" and Stage("head") not in layout.sources:
+    if stage_of(targets.last).kind == "head" and Stage("head") not in layout:
         raise RequestError(f"{request.model} has no {family.head} and ties no weights: it has no logits")
     dtype = request.dtype or _stored_dtype(model, checkpoint)
-    height = None
+    height = sparse_height = None
     if request.batching == "packed":
-        height = tile_height(device, tuple(getattr(config, word) for word in family.activations))
+        height, sparse_height = tile_heights(device, tuple(getattr(config, word) for word in family.activations))
     microbatch_tokens = request.microbatch_tokens or MICROBATCH_HEIGHTS * (height or 0)
     table = arrange(
         prompts,
@@ -160,6 +160,7 @@ def prepare(
         microbatches=len(table.microbatches),
         microbatch=microbatch_tokens if packed else request.microbatch_size,
         height=height,
+        sparse_height=sparse_height,
         schedule=schedule,
         residual=request.residual,
         costs=_costs(layout, callbacks, targets, context, table, schedule),
@@ -255,19 +256,18 @@ def _costs(
                 count = context.n_prompts if out.per == "prompt" else context.total_tokens
                 outputs += count * math.prod(out.rest) * out.dtype.itemsize
     stages = set(schedule.loads())
-    widest = max(math.prod(width) for width in context.family.widths(config).values())
+    layers = [stage for stage in stages if stage.kind == "layer"]
+    hooks = (context.family.hooks(config, stage.layer or 0) for stage in layers)
+    widest = max((math.prod(width) for shown in hooks for width in shown.values()), default=config.hidden)
     rows = max(batch.rows.stop - batch.rows.start for batch in table.microbatches)
     logits = config.vocab if Stage("head") in stages else 0
-    stored = {DTYPES[entry.dtype] for stage in stages for entry in layout.sources[stage].values()}
-    copied = stored != {context.dtype} or context.device.type != "cpu"
-    layers = [layout.elements(stage) for stage in stages if stage.kind == "layer"]
-    resident = max(sum(layout.elements(stage) for stage in group) for group in schedule.groups)
+    copied = {stage: layout[stage].copied(context.dtype, context.device) for stage in stages}
     return Costs(
-        weights={stage: layout.size(stage) for stage in stages},
-        resident=2 * resident * itemsize if copied else 0,
+        weights={stage: layout[stage].size for stage in stages},
+        resident=2 * max(sum(copied[stage] for stage in group) for group in schedule.groups),
         residual=table.rows * config.hidden * itemsize if len(schedule.groups) > 1 else 0,
         microbatch=rows * (6 * config.hidden + 3 * widest + logits) * itemsize,
         outputs=outputs,
         states=max(sum(states[stage] for stage in group) for group in schedule.groups),
-        flops=2.0 * sum(layers) * table.rows,
+        flops=2.0 * sum(layout[stage].elements for stage in layers) * table.rows,
     )

@@ -287,6 +287,7 @@ class TokenTable:
         *,
         device: torch.device,
         height: int | None,
+        sparse_height: int | None = None,
         attention: Attention,
         shared: dict[Hashable, object],
     ) -> Batch:
@@ -300,7 +301,8 @@ class TokenTable:
             return out.to(device)
 
         groups = tuple(g if g.mask is None else replace(g, mask=g.mask.to(device)) for g in microbatch.groups)
-        return Batch(column(self.ids), column(self.positions), groups, height, attention, shared)
+        ids, positions = column(self.ids), column(self.positions)
+        return Batch(ids, positions, groups, height, attention=attention, sparse_height=sparse_height, shared=shared)
 
 
 def arrange(

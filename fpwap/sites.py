@@ -116,7 +116,7 @@ def order(site: Site, family: Family, config: Any) -> tuple[int, int]:
     layer, hook = site
     if layer is None:
         return (-1 if hook == "embedding" else LAST, MODEL_HOOKS.index(hook))
-    return (layer, family.hooks(config, layer).index(hook))
+    return (layer, list(family.hooks(config, layer)).index(hook))
 
 
 def check_positions(callback: Callback, lengths: np.ndarray) -> None:

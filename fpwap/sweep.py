@@ -199,6 +199,7 @@ class Sweep:
                     ready.layout,
                     plan.schedule.loads(),
                     resident=max(len(group) for group in plan.schedule.groups),
+                    stream_experts=False,
                     dtype=plan.dtype,
                     device=plan.device,
                     moved=lambda size, seconds: recorder.count("weights", size, seconds),

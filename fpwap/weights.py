@@ -1,259 +1,43 @@
-"""From safetensors shards to the weights of one stage at a time.
+"""The weights of one stage at a time, read from the shards.
 
-`Checkpoint` knows which tensor lies where: ``model.safetensors``, else the files that ``model.safetensors.index.json``
-names, nothing else. `Layout` says which of them each stage of a family takes, after names and shapes were checked
-against the headers, before a byte of a tensor is read. `Weights` reads stages in the order of the schedule, the next
-ones on a thread while this one computes.
+`Weights` reads stages in the order of the schedule, the next ones on a thread while this one computes. A field whose
+bytes need no change (same dtype, on the CPU, aligned, its pieces side by side) is a map of the file, never a copy; any
+other is read into a buffer that the ring of resident stages reuses, decoded and cast once. The experts of a layer
+are read with it, or, where the plan says that they do not fit, one at a time when the maths asks for them.
 
-A tensor whose bits need no change (same dtype, on the CPU, aligned) is a map of the file and is never copied; any other
-is read into a buffer that the ring of resident stages reuses, and cast once. The maths is not known here, only names.
+The maths is not known here, nor how a folder is laid out: only which bytes each field takes.
 """
 
-import json
 import mmap
 import os
-import re
-import struct
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from xxhash import xxh3_128
 
-from archs.contract import Family, stored
+from archs.contract import Resident
 
+from .checkpoint import STORED, Checkpoint, Entry, Layout, Parcel, Piece, Slot, aligned
 from .errors import ModelError
 from .schedule import Stage
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-"""Stored dtypes that weights may have; others may lie in a file but cannot be claimed."""
-
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CHUNK = 1 << 28
 """Bytes of one read call: far below the 2 GiB at which one call stops short."""
-
-SAMPLE, SAMPLES = 4096, 5
-"""Bytes and number of the samples of each tensor by which a shard is told from another."""
-
-# --- where tensors lie ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One stored tensor: its shard, first byte and size in bytes."""
-
-    name: str
-    shard: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    size: int
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """The tensors of a model folder by name."""
-
-    folder: Path
-    entries: Mapping[str, Entry]
-
-    @classmethod
-    def open(cls, folder: Path) -> "Checkpoint":
-        """Reads the headers. Raises `ModelError` for missing, foreign or damaged files."""
-        entries: dict[str, Entry] = {}
-        shards, claimed = shard_names(folder)
-        for shard in shards:
-            for entry in _read_header(folder, shard):
-                if claimed is None or claimed.get(entry.name) == shard:
-                    entries[entry.name] = entry
-        lost = sorted(set(claimed or ()) - set(entries))
-        if lost:
-            raise ModelError(f"{folder / INDEX} names tensors that its shards do not hold: {_some(lost)}")
-        return cls(folder, entries)
-
-    @property
-    def shards(self) -> list[str]:
-        return sorted({entry.shard for entry in self.entries.values()})
-
-    def content(self) -> dict[str, str]:
-        """shard -> what tells its content from another's.
-
-        A hub cache's blob is named by its digest. Of any other file the size, the header and a sample of every tensor
-        are hashed: a shard of many gigabytes is not read for this.
-        """
-        return {shard: self._content(self.folder / shard) for shard in self.shards}
-
-    def _content(self, path: Path) -> str:
-        blob = path.resolve()
-        if path.is_symlink() and blob.parent.name == "blobs":
-            return f"blob {blob.name}"
-        digest = xxh3_128(str(path.stat().st_size).encode())
-        with open(path, "rb") as file:
-            for entry in self.entries.values():
-                if entry.shard == path.name:
-                    digest.update(repr(entry).encode())
-                    for part in range(SAMPLES):
-                        file.seek(entry.start + max(0, entry.size - SAMPLE) * part // (SAMPLES - 1))
-                        digest.update(file.read(min(SAMPLE, entry.size)))
-        return f"sampled {digest.hexdigest()}"
-
-    def first_floating(self) -> torch.dtype | None:
-        """The dtype of the first floating tensor, HF's rule for a config that names none."""
-        return next((DTYPES[entry.dtype] for entry in self.entries.values() if entry.dtype in DTYPES), None)
-
-
-def shard_names(folder: Path, *, present: bool = True) -> tuple[list[str], dict[str, str] | None]:
-    """The shard files of a folder and, if there is an index, tensor name -> shard.
-
-    present: they must be there. Raises `ModelError`.
-    """
-    if (folder / SINGLE).is_file():
-        return [SINGLE], None
-    if not (folder / INDEX).is_file():
-        pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth"))
-        advice = f"; {pickles[0]} is a pickle and is never opened: convert it to safetensors first" if pickles else ""
-        raise ModelError(f"{folder} holds neither {SINGLE} nor {INDEX}{advice}")
-    try:
-        claimed = json.loads((folder / INDEX).read_text())["weight_map"]
-        names = sorted(set(claimed.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{folder / INDEX} is not an index of safetensors shards: {error!r}") from error
-    for name in names:
-        if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
-            raise ModelError(
-                f"{folder / INDEX} names the shard {name!r}: shards are plain file names in the model folder"
-            )
-        if present and not (folder / name).is_file():
-            raise ModelError(f"{folder / name} is missing; {INDEX} names it: download the model again")
-    return names, claimed
-
-
-def _read_header(folder: Path, shard: str) -> list[Entry]:
-    path = folder / shard
-    try:
-        with safe_open(path, framework="pt"):  # checks sizes, offsets, overlaps and dtypes
-            pass
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ModelError(f"{path} is not a readable safetensors file: {error}") from error
-    header.pop("__metadata__", None)
-    entries = [
-        Entry(name, shard, info["dtype"], tuple(info["shape"]), 8 + length + begin, end - begin)
-        for name, info in header.items()
-        for begin, end in [info["data_offsets"]]
-    ]
-    return sorted(entries, key=lambda entry: entry.start)
-
-
-# --- what each stage takes ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which stored tensor each field of each stage's weights class comes from."""
-
-    classes: Mapping[Stage, type]
-    sources: Mapping[Stage, Mapping[str, Entry]]
-
-    def elements(self, stage: Stage) -> int:
-        return sum(_count(entry.shape) for entry in self.sources[stage].values())
-
-    def size(self, stage: Stage) -> int:
-        """Bytes on disk."""
-        return sum(entry.size for entry in self.sources[stage].values())
-
-
-def lay_out(checkpoint: Checkpoint, family: Family, config: Any) -> Layout:
-    """Claims every tensor of the checkpoint for a stage, or knows it as ignorable.
-
-    A model without a head (a base-model checkpoint) has no "head" stage. Raises one `ModelError` with all that is
-    missing, unclaimed or of another shape.
-    """
-    names = checkpoint.entries
-    marks = [family.embedding, family.layer_prefix.format(i=0)]
-    prefix = next((p for p in family.prefixes if any(n.startswith(p + mark) for n in names for mark in marks)), None)
-    if prefix is None:
-        raise ModelError(f"{checkpoint.folder} holds no {family.name} tensors, but {_some(sorted(names))}")
-
-    tables = {Stage("embed"): (prefix, family.embed_weights), Stage("norm"): (prefix, family.norm_weights)}
-    for layer in range(config.layers):
-        below = prefix + family.layer_prefix.format(i=layer)
-        tables[Stage("layer", layer)] = (below, family.layer_weights(config, layer))
-    tables[Stage("head")] = ("", family.head_weights)
-
-    embedding, head = prefix + family.embedding, family.head
-    alias: dict[str, str] = {}
-    if config.tied:  # a stored head wins over the tie, as in transformers 5; either name may be absent
-        alias = {head: embedding} if head not in names else {embedding: head} if embedding not in names else {}
-    elif head not in names:
-        del tables[Stage("head")]
-
-    problems: list[str] = []
-    sources: dict[Stage, dict[str, Entry]] = {}
-    for stage, (below, weights) in tables.items():
-        sources[stage] = {}
-        for field, src in stored(weights, config).items():
-            name = alias.get(below + src.name, below + src.name)
-            entry, shape = names.get(name), src.shape(config)
-            words = " x ".join(f"{dim} {size}" for dim, size in zip(src.dims, shape, strict=True))
-            if entry is None:
-                problems.append(f"{name} is missing (expected {words})")
-            elif entry.shape != shape:
-                problems.append(f"{name} has shape {list(entry.shape)} where the config says {words}")
-            elif entry.dtype not in DTYPES:
-                problems.append(f"{name} is stored as {entry.dtype}, which is not supported")
-            else:
-                sources[stage][field] = entry
-    claimed = {entry.name for table in sources.values() for entry in table.values()}
-    ignored = re.compile(rf"(?:{'|'.join(map(re.escape, family.prefixes))})(?:{'|'.join(family.ignored) or '(?!)'})")
-    unclaimed = sorted(n for n in set(names) - claimed if not ignored.fullmatch(n))
-    if not problems and unclaimed:
-        problems.append(f"tensors that {family.name} with this config does not have: {_some(unclaimed)}")
-    if problems:
-        raise ModelError(
-            f"{checkpoint.folder} does not fit its config: {'; '.join(problems[:12])}{_more(problems, 12)}"
-        )
-    return Layout({stage: weights for stage, (_, weights) in tables.items()}, sources)
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
-def _more(items: Sequence[str], shown: int) -> str:
-    return f"; and {len(items) - shown} more" if len(items) > shown else ""
-
-
-def _some(names: Sequence[str], shown: int = 6) -> str:
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
-
-
-# --- reading --------------------------------------------------------------------------------------------------------
 
 
 class Weights:
     """Hands out the weights of stages in a fixed order, reading ahead.
 
     stages: the order in which `acquire` will be called. resident: how many stages are held at once; one more is read
-    ahead. What `acquire` returned is good until its `release`, no longer: buffers are reused. Failures of the reader
-    thread come out of `acquire`. ``moved(bytes, seconds)`` is told of every stage read.
+    ahead. stream_experts: read experts when they are asked for, two at a time in memory. What `acquire` returned is
+    good until its `release`, no longer: buffers are reused. Failures of the reader thread come out of `acquire`.
+    ``moved(bytes, seconds)`` is told of everything read.
     """
 
     def __init__(
@@ -263,25 +47,24 @@ class Weights:
         stages: Sequence[Stage],
         *,
         resident: int,
+        stream_experts: bool,
         dtype: torch.dtype,
         device: torch.device,
         moved: Callable[[int, float], None],
     ) -> None:
-        self._folder, self._layout, self._dtype, self._device, self._moved = (
-            checkpoint.folder,
-            layout,
-            dtype,
-            device,
-            moved,
-        )
-        self._files: dict[str, int] = {}
+        self._layout, self._stream, self._moved = layout, stream_experts, moved
+        self._files = _Files(checkpoint.folder, dtype, device)
         self._waiting = deque(stages)
         self._reading: deque[tuple[Stage, Future[Any]]] = deque()
         self._buffers: deque[_Buffer] = deque(_Buffer() for _ in range(resident + 1))
         self._held: list[tuple[Stage, _Buffer]] = []
-        for shard in {entry.shard for stage in stages for entry in layout.sources[stage].values()}:
-            self._files[shard] = _open(checkpoint.folder / shard)
+        shards = {
+            entry.shard for s in set(stages) for slot in layout[s].slots for p in slot.pieces for entry in p.stored
+        }
+        for shard in sorted(shards):
+            self._files.open(shard)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fpwap-weights")
+        self._experts = ThreadPoolExecutor(1, thread_name_prefix="fpwap-experts")
         self._read_ahead()
 
     def acquire(self, stage: Stage) -> Any:
@@ -297,11 +80,10 @@ class Weights:
         self._read_ahead()
 
     def close(self) -> None:
-        """Ends the thread and closes the files; maps that are still referenced stay valid."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        for fd in self._files.values():
-            os.close(fd)
-        self._files.clear()
+        """Ends the threads and closes the files; maps that are still referenced stay valid."""
+        for pool in (self._pool, self._experts):
+            pool.shutdown(wait=True, cancel_futures=True)
+        self._files.close()
         self._buffers.clear()
         self._held.clear()
 
@@ -309,76 +91,182 @@ class Weights:
         while self._waiting and self._buffers:
             stage, buffer = self._waiting.popleft(), self._buffers.popleft()
             self._held.append((stage, buffer))
-            self._reading.append((stage, self._pool.submit(self._read, stage, buffer)))
+            self._reading.append((stage, self._pool.submit(self._stage, stage, buffer)))
 
-    def _read(self, stage: Stage, buffer: "_Buffer") -> Any:
-        started = time.perf_counter()
-        entries = self._layout.sources[stage]
-        copied = sum(_aligned(_count(e.shape)) for e in entries.values() if not self._maps(e))
-        buffer.reserve(copied, self._dtype)
+    def _stage(self, stage: Stage, buffer: "_Buffer") -> Any:
+        started, parcel = time.perf_counter(), self._layout[stage]
+        streamed = self._stream and bool(parcel.experts)
         with torch.no_grad():
-            tensors = {field: self._tensor(entry, buffer) for field, entry in entries.items()}
-        self._moved(self._layout.size(stage), time.perf_counter() - started)
-        weights = self._layout.classes[stage]
-        return weights(**{field.name: tensors.get(field.name) for field in fields(weights)})
+            weights = self._files.read(parcel, buffer, self._handles if streamed else None)
+        self._moved(parcel.own_size if streamed else parcel.size, time.perf_counter() - started)
+        return weights
 
-    def _maps(self, entry: Entry) -> bool:
-        same = DTYPES[entry.dtype] == self._dtype and self._device.type == "cpu"
-        return same and entry.start % self._dtype.itemsize == 0
+    def _handles(self, parcels: Sequence[Parcel]) -> "Streamed":
+        return Streamed(parcels, self._files, self._experts, self._moved)
 
-    def _tensor(self, entry: Entry, buffer: "_Buffer") -> Tensor:
-        fd = self._files[entry.shard]
-        if os.fstat(fd).st_size < entry.start + entry.size:
-            raise ModelError(f"{self._folder / entry.shard} was truncated while it was read: {entry.name} is cut off")
-        if self._maps(entry):
-            os.posix_fadvise(fd, entry.start, entry.size, os.POSIX_FADV_WILLNEED)
-            tensor = _map(fd, entry)
-            tensor.view(torch.uint8).flatten()[:: mmap.PAGESIZE].max()  # the pages are read here, not in the maths
-            return tensor
-        out = buffer.take(entry.shape)
-        raw = torch.empty(entry.size, dtype=torch.uint8)
-        _read_exactly(fd, entry.start, raw.numpy().data, self._folder / entry.shard)
-        out.copy_(raw.view(DTYPES[entry.dtype]).view(entry.shape))
+
+class Streamed:
+    """A layer's experts, each read when its turn comes, the next one meanwhile (`archs.contract.Experts`)."""
+
+    def __init__(
+        self,
+        parcels: Sequence[Parcel],
+        files: "_Files",
+        pool: ThreadPoolExecutor,
+        moved: Callable[[int, float], None],
+    ) -> None:
+        self._parcels, self._files, self._pool, self._moved = parcels, files, pool, moved
+        self._buffers = [_Buffer(), _Buffer()]
+
+    def __len__(self) -> int:
+        return len(self._parcels)
+
+    def each(self, wanted: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        ahead: deque[Future[Any]] = deque()
+        try:
+            for turn in range(len(wanted) + 1):
+                if turn < len(wanted):
+                    ahead.append(self._pool.submit(self._read, wanted[turn], self._buffers[turn % 2]))
+                if turn:
+                    yield wanted[turn - 1], ahead.popleft().result()
+                    self._files.forget(self._parcels[wanted[turn - 1]])
+        finally:  # nobody may write into a buffer that is given out again
+            for future in ahead:
+                future.exception()
+
+    def _read(self, index: int, buffer: "_Buffer") -> Any:
+        started, parcel = time.perf_counter(), self._parcels[index]
+        with torch.no_grad():
+            weights = self._files.read(parcel, buffer)
+        self._moved(parcel.size, time.perf_counter() - started)
+        return weights
+
+
+class _Files:
+    """The open shards of a checkpoint, and how a weights class is filled from them."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+        self._folder, self._dtype, self._device = folder, dtype, device
+        self._open: dict[str, int] = {}
+
+    def open(self, shard: str) -> None:
+        path = self._folder / shard
+        try:
+            self._open[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ModelError(f"{path} cannot be opened: {error.strerror}") from error
+
+    def close(self) -> None:
+        for fd in self._open.values():
+            os.close(fd)
+        self._open.clear()
+
+    def forget(self, parcel: Parcel) -> None:
+        """The page cache need not keep what this parcel was read from."""
+        for slot in parcel.slots:
+            for piece in slot.pieces:
+                for entry in piece.stored:
+                    begin, size = entry.row(piece.row, piece.rows)
+                    os.posix_fadvise(self._open[entry.shard], begin, size, os.POSIX_FADV_DONTNEED)
+
+    def read(self, parcel: Parcel, buffer: "_Buffer", handle: Callable[[Sequence[Parcel]], Any] | None = None) -> Any:
+        """An instance of the parcel's class. handle: makes the handle to experts that are not read now."""
+        buffer.reserve(parcel.copied(self._dtype, self._device, experts=handle is None))
+        slots = parcel.slots if handle is None else parcel.fields.values()
+        maps = _Maps([slot for slot in slots if slot.maps(self._dtype, self._device)], self._open)
+        return self._fill(parcel, buffer, maps, handle)
+
+    def _fill(
+        self, parcel: Parcel, buffer: "_Buffer", maps: "_Maps", handle: Callable[[Sequence[Parcel]], Any] | None = None
+    ) -> Any:
+        values: dict[str, Any] = {field: self._tensor(slot, buffer, maps) for field, slot in parcel.fields.items()}
+        for field, parcels in parcel.experts.items():
+            if handle is None:
+                values[field] = Resident([self._fill(expert, buffer, maps) for expert in parcels])
+            else:
+                values[field] = handle(parcels)
+        return parcel.weights(**{field.name: values.get(field.name) for field in fields(parcel.weights)})
+
+    def _tensor(self, slot: Slot, buffer: "_Buffer", maps: "_Maps") -> Tensor:
+        dtype = slot.dtype or self._dtype
+        for piece in slot.pieces:
+            for entry in piece.stored:
+                if os.fstat(self._open[entry.shard]).st_size < entry.start + entry.size:
+                    raise ModelError(
+                        f"{self._folder / entry.shard} was truncated while it was read: {entry.name} is cut off"
+                    )
+        if slot.maps(self._dtype, self._device):
+            return maps.tensor(slot, dtype)
+        out = buffer.take(aligned(slot, self._dtype), dtype, slot.shape)
+        for piece, part in zip(slot.pieces, out.chunk(len(slot.pieces)), strict=True):
+            _decode(piece, [self._raw(entry, piece) for entry in piece.stored], part)
         return out.to(self._device)
 
+    def _raw(self, entry: Entry, piece: Piece) -> Tensor:
+        """The stored values of one piece."""
+        begin, size = entry.row(piece.row, piece.rows)
+        raw = torch.empty(size, dtype=torch.uint8)
+        _read_exactly(self._open[entry.shard], begin, raw.numpy().data, self._folder / entry.shard)
+        shape = entry.shape if piece.rows == 1 else entry.shape[1:]
+        return raw.view(STORED[entry.dtype]).view(shape)
 
-def _aligned(count: int) -> int:
-    """Elements rounded up so that the next tensor begins at a multiple of 64 bytes: fp32 bits depend on it."""
-    return -(-count // 64) * 64
+
+def _decode(piece: Piece, stored: Sequence[Tensor], out: Tensor) -> None:
+    """Writes a piece's values as they are computed with; one rounding, to the dtype of ``out``."""
+    match piece.format:
+        case "fp8":
+            assert piece.block is not None
+            fp8_blocks(*stored, piece.block, out)
+        case "mxfp4":
+            mxfp4(*stored, out.t())
+        case _:
+            out.copy_(stored[0])
 
 
 class _Buffer:
-    """One stage's worth of elements in the model's dtype, carved into tensors; grows to the largest stage it held."""
+    """The bytes of one stage's copied tensors, carved up as they come; grows to the largest stage it held."""
 
     def __init__(self) -> None:
-        self._elements: Tensor | None = None
+        self._bytes = torch.empty(0, dtype=torch.uint8)
         self._used = 0
 
-    def reserve(self, count: int, dtype: torch.dtype) -> None:
+    def reserve(self, size: int) -> None:
         self._used = 0
-        if count and (self._elements is None or self._elements.numel() < count):
-            self._elements = torch.empty(count, dtype=dtype)
+        if self._bytes.numel() < size:
+            self._bytes = torch.empty(size, dtype=torch.uint8)
 
-    def take(self, shape: tuple[int, ...]) -> Tensor:
-        assert self._elements is not None
-        start, count = self._used, _count(shape)
-        self._used += _aligned(count)
-        return self._elements[start : start + count].view(shape)
-
-
-def _open(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise ModelError(f"{path} cannot be opened: {error.strerror}") from error
+    def take(self, size: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        start, self._used = self._used, self._used + size
+        count = torch.Size(shape).numel()
+        return self._bytes[start : start + count * dtype.itemsize].view(dtype).view(shape)
 
 
-def _map(fd: int, entry: Entry) -> Tensor:
-    """The tensor as a private map of its part of the file; nobody writes, so its pages are the page cache's own."""
-    skipped = entry.start % mmap.ALLOCATIONGRANULARITY
-    pages = mmap.mmap(fd, skipped + entry.size, mmap.MAP_PRIVATE, offset=entry.start - skipped)
-    flat = torch.frombuffer(pages, dtype=DTYPES[entry.dtype], count=_count(entry.shape), offset=skipped)
-    return flat.view(entry.shape)
+class _Maps:
+    """One private map of each shard's part that holds a stage's uncopied tensors, however many those are.
+
+    Nobody writes, so the pages are the page cache's own; a tensor keeps its map alive.
+    """
+
+    def __init__(self, slots: Sequence[Slot], files: Mapping[str, int]) -> None:
+        self._files = files
+        self._parts: dict[str, tuple[int, int]] = {}
+        self._maps: dict[str, mmap.mmap] = {}
+        for slot in slots:
+            shard, begin, size = slot.stretch
+            first, last = self._parts.get(shard, (begin, begin + size))
+            self._parts[shard] = min(first, begin), max(last, begin + size)
+
+    def tensor(self, slot: Slot, dtype: torch.dtype) -> Tensor:
+        shard, begin, size = slot.stretch
+        first, last = self._parts[shard]
+        first -= first % mmap.ALLOCATIONGRANULARITY
+        fd = self._files[shard]
+        if shard not in self._maps:
+            self._maps[shard] = mmap.mmap(fd, last - first, mmap.MAP_PRIVATE, offset=first)
+        os.posix_fadvise(fd, begin, size, os.POSIX_FADV_WILLNEED)
+        flat = torch.frombuffer(self._maps[shard], dtype=dtype, count=size // dtype.itemsize, offset=begin - first)
+        flat.view(torch.uint8)[:: mmap.PAGESIZE].max()  # the pages are read here, not in the maths
+        return flat.view(slot.shape)
 
 
 def _read_exactly(fd: int, start: int, out: memoryview, path: Path) -> None:

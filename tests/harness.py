@@ -14,16 +14,18 @@ from typing import Any, Literal
 from unittest import mock
 
 import torch
-from checkpoints import VOCAB
+from checkpoints import CHECKS, VOCAB, Checks
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama import modeling_llama
 
-from archs.contract import MODEL_HOOKS, READ_ONLY_HOOKS, SEQUENTIAL_HOOKS
+from archs.contract import MODEL_HOOKS, READ_ONLY_HOOKS, dense_hooks, layer_hooks
 from fpwap import Callback, Result, Sweep
 from fpwap.callbacks.base import Layers, Phase, Site
 from fpwap.result import Ragged
 
+SEQUENTIAL_HOOKS = tuple(layer_hooks(hidden=1, heads=1, kv_heads=1, head_dim=1, mlp=dense_hooks(1)))
+"""The hooks of a dense block whose MLP comes after its attention, in the order in which they are shown."""
 HOOKS = (*SEQUENTIAL_HOOKS, *MODEL_HOOKS)
 WRITABLE = tuple(hook for hook in HOOKS if hook not in READ_ONLY_HOOKS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -149,62 +151,46 @@ def differences(found: Kept, expected: Kept) -> list[str]:
 
 # --- Hugging Face ---------------------------------------------------------------------------------------------------
 
-POINTS: Mapping[str, Mapping[str, str]] = {
-    "llama": {
-        "residual_pre": " in",
-        "q": "self_attn.q_proj out",
-        "k": "self_attn.k_proj out",
-        "v": "self_attn.v_proj out",
-        "z": "self_attn.o_proj in",
-        "attn_out": "self_attn out",
-        "residual_mid": "post_attention_layernorm in",
-        "mlp_hidden": "mlp.down_proj in",
-        "mlp_out": "mlp out",
-        "residual_post": " out",
-    },
-    "gpt2": {
-        "residual_pre": " in",
-        "q": "attn.c_attn out 0",
-        "k": "attn.c_attn out 1",
-        "v": "attn.c_attn out 2",
-        "q_rot": "attn.c_attn out 0",
-        "k_rot": "attn.c_attn out 1",
-        "z": "attn.c_proj in",
-        "attn_out": "attn out",
-        "residual_mid": "ln_2 in",
-        "mlp_hidden": "mlp.c_proj in",
-        "mlp_out": "mlp out",
-        "residual_post": " out",
-    },
-}
-"""Hook -> module of HF's layer, which side of it, and which third of a fused projection."""
-
 
 @dataclass(frozen=True)
 class Reference:
     """A checkpoint as Hugging Face loads it."""
 
     model: PreTrainedModel
+    checks: Checks
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype, attention: str = "sdpa", device: str = "cpu") -> "Reference":
+    def load(
+        cls,
+        folder: Path,
+        dtype: torch.dtype,
+        attention: str = "sdpa",
+        device: str = "cpu",
+        *,
+        checks: Checks | None = None,
+    ) -> "Reference":
+        """checks: where its modules are; by default those of the first family of its model type."""
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
-        return cls(model.to(device))
+        model_type = model.config.model_type
+        found = (known for known in CHECKS.values() if known.config["model_type"] == model_type)
+        return cls(model.to(device), checks or next(found))
 
     @property
     def layers(self) -> Sequence[torch.nn.Module]:
-        core: Any = self.model.base_model
-        return list(core.layers if self.model.config.model_type == "llama" else core.h)
+        layers: Any = self.model.get_submodule(self.checks.layers)
+        return list(layers)
 
     @torch.no_grad()
     def forward(self, ids: Tensor, mask: Tensor, **more: Any) -> Any:
         """HF's own output object. The positions are those that `generate` would pass."""
         core: Any = self.model.base_model
         device = self.model.device
-        if self.model.config.model_type == "llama":  # dynamic rope remembers the longest batch it has seen
+        if getattr(getattr(core, "rotary_emb", None), "rope_type", "") == "dynamic":  # remembers the longest batch
             core.rotary_emb = type(core.rotary_emb)(self.model.config).to(device)
         positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
         given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        if not self.checks.positions:
+            del given["position_ids"]
         return self.model(**{key: value.to(device) for key, value in given.items()}, use_cache=False, **more)
 
     def kept(self, samples: Sequence[Sample], size: int, edits: Mapping[Site, Edit] | None = None) -> Kept:
@@ -218,6 +204,7 @@ class Reference:
             seen[None, "logits"] = out.logits
             for row, real in enumerate(mask.bool()):
                 for site, value in seen.items():
+                    value = value if value.shape[:2] == mask.shape else value.view(*mask.shape, *value.shape[1:])
                     kept.setdefault(site, {})[first + row] = value[row].cpu()[real]
                 for layer, pattern in enumerate(out.attentions or ()):
                     square = pattern[row].cpu()[:, real][:, :, real]
@@ -231,13 +218,18 @@ class Reference:
                 value.copy_(edits[site](value))
             seen[site] = value.clone()
 
-        def watch(module: torch.nn.Module, side: str, site: Site, third: int | None = None) -> Any:
-            def look(_: object, arguments: tuple[Any, ...], returned: Any = None) -> None:
-                value = arguments[0] if side == "in" else returned
-                value = value if isinstance(value, Tensor) else value[0]
-                visit(site, value if third is None else value.chunk(3, dim=-1)[third])
+        def watch(module: torch.nn.Module, side: str, site: Site, which: str = "[0]") -> Any:
+            def look(_: object, arguments: tuple[Any, ...], keywords: dict[str, Any], returned: Any = None) -> None:
+                value = (*arguments, *keywords.values()) if side == "in" else returned
+                value = value if isinstance(value, Tensor) else value[int(which[1]) if which[0] == "[" else 0]
+                if which[0] != "[":
+                    part, parts = map(int, which.split("/"))
+                    value = value.chunk(parts, dim=-1)[part]
+                visit(site, value)
 
-            return module.register_forward_pre_hook(look) if side == "in" else module.register_forward_hook(look)
+            if side == "in":
+                return module.register_forward_pre_hook(look, with_kwargs=True)
+            return module.register_forward_hook(look, with_kwargs=True)
 
         rotate, turns = modeling_llama.apply_rotary_pos_emb, iter(range(len(self.layers)))
 
@@ -248,15 +240,18 @@ class Reference:
                 visit((layer, hook), value.transpose(1, 2))
             return both
 
-        core: Any = self.model.base_model
         handles = [watch(self.layers[0], "in", (None, "embedding"))]
         for layer, module in enumerate(self.layers):
-            for hook, point in POINTS[self.model.config.model_type].items():
-                path, side, *third = point.split(" ")
-                handles.append(watch(module.get_submodule(path), side, (layer, hook), *map(int, third)))
-        norm = core.norm if self.model.config.model_type == "llama" else core.ln_f
-        handles.append(watch(norm, "out", (None, "final_norm")))
-        with mock.patch.object(modeling_llama, "apply_rotary_pos_emb", rotated):
+            handles.append(watch(module, "in", (layer, "residual_pre")))
+            for hook, point in self.checks.points.items():
+                path, side, *which = point.split(" ")
+                with contextlib.suppress(AttributeError):  # layers of one model may differ
+                    handles.append(watch(module.get_submodule(path), side, (layer, hook), *which))
+            handles.append(watch(module, "out", (layer, "residual_post")))
+        if self.checks.norm is not None:
+            handles.append(watch(self.model.get_submodule(self.checks.norm), "out", (None, "final_norm")))
+        llama = self.model.config.model_type == "llama"
+        with mock.patch.object(modeling_llama, "apply_rotary_pos_emb", rotated) if llama else contextlib.nullcontext():
             yield
         for handle in handles:
             handle.remove()

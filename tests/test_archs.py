@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import LONGEST, VARIANTS, VOCAB, tensors
+from checkpoints import CORE, LONGEST, VARIANTS, VOCAB, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -25,13 +25,13 @@ from transformers.models.llama import modeling_llama
 
 import archs
 from archs.batch import GRAIN, VECTOR, Attention, Batch, Group, fixed_height
-from archs.contract import READ_ONLY_HOOKS, RESIDUAL_HOOKS, ArchError, Keys, stored
+from archs.contract import READ_ONLY_HOOKS, ArchError, Keys, stored
 from archs.ops import ACTIVATIONS
 
 Site = tuple[int | None, str]
 Seen = dict[Site, Tensor]
 MATHS = [
-    name for name in VARIANTS if not any(word in name for word in ("tied", "prefix", "legacy", "buffers", "other_head"))
+    name for name in CORE if not any(word in name for word in ("tied", "prefix", "legacy", "buffers", "other_head"))
 ]
 """The variants that differ in more than how their files look."""
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -49,7 +49,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", CORE)
 def test_no_tensor_of_a_checkpoint_is_constant(name: str, checkpoint: Callable[[str], Path]) -> None:
     for key, tensor in tensors(checkpoint(name)).items():
         assert tensor.float().std() > 0.05, key
@@ -71,7 +71,7 @@ def load(folder: Path, dtype: torch.dtype) -> Model:
     config = family.config(hf)
     held = {name: tensor.to(dtype) for name, tensor in tensors(folder).items()}
     first = family.layer_prefix.format(i=0)
-    prefix = next(prefix for prefix in family.prefixes if any(name.startswith(prefix + first) for name in held))
+    prefix = next(prefix for prefix, _ in family.prefixes if any(name.startswith(prefix + first) for name in held))
     if prefix + family.embedding not in held:
         held[prefix + family.embedding] = held[family.head]
     held.setdefault(family.head, held[prefix + family.embedding])
@@ -79,9 +79,9 @@ def load(folder: Path, dtype: torch.dtype) -> Model:
     def take(weights: type, where: str) -> Any:
         sources = stored(weights, config)
         for src in sources.values():
-            assert held[where + src.name].shape == src.shape(config)
+            assert held[where + src.names[0]].shape == src.shape(config)
         absent = dict.fromkeys(field.name for field in dataclasses.fields(weights))
-        return weights(**absent | {key: held[where + src.name] for key, src in sources.items()})
+        return weights(**absent | {key: held[where + src.names[0]] for key, src in sources.items()})
 
     layers = [
         take(family.layer_weights(config, i), prefix + family.layer_prefix.format(i=i)) for i in range(config.layers)
@@ -298,7 +298,7 @@ def shown(family: str, layers: int, attention: Attention) -> set[Site]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("name", "attention"), [(name, kind) for name in VARIANTS for kind in ATTENTION if kind == "sdpa" or name in MATHS]
+    ("name", "attention"), [(name, kind) for name in CORE for kind in ATTENTION if kind == "sdpa" or name in MATHS]
 )
 def test_padded_has_the_bits_of_hugging_face(
     name: str,
@@ -460,12 +460,13 @@ def test_residual_equations_hold_and_looking_changes_nothing(
     seen = recorder.seen
     before = seen[None, "embedding"]
     for layer in range(model.config.layers):
-        pre, a, mid, m, post = (seen[layer, hook] for hook in RESIDUAL_HOOKS)
+        hooks = ("residual_pre", "attn_out", "residual_mid", "mlp_out", "residual_post")
+        pre, a, mid, m, post = (seen[layer, hook] for hook in hooks)
         assert torch.equal(pre, before)
         assert torch.equal(mid, pre + a)
         assert torch.equal(post, mid + m)
         before = post
-    shapes = model.family.widths(model.config)
+    shapes = model.family.hooks(model.config, 0)
     for (place, hook), value in seen.items():
         assert place is None or value.shape[1:] == shapes[hook]
     assert [hook for place, hook in seen if place == 0] == [
@@ -660,7 +661,8 @@ def config(hf: Mapping[str, Any]) -> Any:
         (LLAMA | {"sliding_window": 4096}, "sliding_window"),
         (LLAMA | {"hidden_act": "gelu_10"}, "gelu_10"),
         (LLAMA | {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
-        (LLAMA | {"rope_scaling": {"type": "su", "factor": 2.0}}, "su"),
+        (LLAMA | {"rope_scaling": {"type": "su", "factor": 2.0}}, "longrope"),
+        (LLAMA | {"rope_scaling": {"type": "mrope", "factor": 2.0}}, "mrope"),
         (LLAMA | {"rope_scaling": {"type": "linear"}}, "factor"),
         (LLAMA | {"rope_scaling": {"type": "linear", "factor": "2"}}, "factor"),
         (LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),

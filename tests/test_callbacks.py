@@ -55,6 +55,9 @@ class FakeContext:
     def widths(self, hook: str) -> tuple[int, ...]:
         return self.rest
 
+    def dtype_at(self, hook: str) -> torch.dtype:
+        return self.dtype
+
     def sites(self, callback: Callback) -> tuple[Site, ...]:
         return tuple((layer, hook) for layer in range(self.layers) for hook in callback.target_hooks)
 

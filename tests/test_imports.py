@@ -22,6 +22,7 @@ TYPES = {
     "context": {"prompts"},
     "callbacks.common": {"callbacks.moments"},
     "plan": {"machine", "residual", "sites"},
+    "weights": {"checkpoint", "formats"},
     "taps": {"prompts", "sites", "store"},
 }
 """part -> parts whose types (and, of machine and sites, whose facts) it uses."""

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import LONGEST, VARIANTS
+from checkpoints import CORE, LONGEST
 from harness import (
     DTYPES,
     HOOKS,
+    SEQUENTIAL_HOOKS,
     Keep,
     Kept,
     Reference,
@@ -29,7 +30,6 @@ from harness import (
 )
 from torch import Tensor
 
-from archs.contract import SEQUENTIAL_HOOKS
 from fpwap.callbacks.base import Site
 from fpwap.callbacks.common import RawActivations
 
@@ -277,9 +277,9 @@ def test_capturing_every_hook_leaves_the_residual_stream_as_it_was(
         assert torch.equal(flat(watched, layer), flat(quiet, layer))
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", CORE)
 def test_residual_equations_hold_exactly(name: str, checkpoint: Checkpoint, device: str) -> None:
-    dtype = DTYPES[list(VARIANTS).index(name) % 3]
+    dtype = DTYPES[CORE.index(name) % 3]
     kept = keep(checkpoint(name), MIX[:FEW], dtype=dtype, device=device)
     for sample in range(FEW):
         stream = kept[None, "embedding"][sample]

@@ -31,6 +31,7 @@ from checkpoints import LONGEST, tensors
 from harness import (
     DTYPES,
     HOOKS,
+    SEQUENTIAL_HOOKS,
     Keep,
     Reference,
     Sample,
@@ -46,7 +47,6 @@ from harness import (
 from safetensors.torch import load_file
 from torch import Tensor
 
-from archs.contract import SEQUENTIAL_HOOKS
 from fpwap import Callback, Emit, Interrupted, Sweep, WriteBack
 from fpwap.callbacks.common import RawActivations
 from fpwap.errors import RequestError

@@ -112,6 +112,10 @@ class Context(Protocol):
         """Shape behind ``[b, s]`` at a hook; of "attn_pattern" ``(heads,)``, the part that all prompts share."""
         ...
 
+    def dtype_at(self, hook: str) -> torch.dtype:
+        """Of the values at a hook: the model's dtype almost everywhere, int64 at "expert_ids"."""
+        ...
+
     def sites(self, callback: "Callback") -> tuple[Site, ...]:
         """The sites that a callback targets, its layers resolved to numbers from 0."""
         ...

@@ -65,7 +65,7 @@ class RawActivations(Callback):
 
     def declare(self, ctx: Context) -> Mapping[str, Declared]:
         (hook,) = self.target_hooks
-        rest, dtype = ctx.widths(hook), self.dtype or ctx.dtype
+        rest, dtype = ctx.widths(hook), self.dtype or ctx.dtype_at(hook)
         count: tuple[int, ...] = () if self._single else (len(self.positions),)
         if hook == PATTERN:  # in fp32, unless attention is eager
             length = self._one_length(ctx)
@@ -130,7 +130,7 @@ class IncrementalPCA(Callback):
         return rows
 
     def state_bytes(self, ctx: Context, layer: int | None, hook: str) -> int:
-        return Spread.nbytes(math.prod(ctx.widths(hook)), self._rows(ctx), ctx.dtype)
+        return Spread.nbytes(math.prod(ctx.widths(hook)), self._rows(ctx), ctx.dtype_at(hook))
 
     def on_sweep_start(self, ctx: Context) -> None:
         self._expected, self._device = self._rows(ctx), ctx.device

@@ -1,0 +1,412 @@
+"""What lies in a model folder, and which of it each stage of a family takes.
+
+`Checkpoint` knows where every tensor lies: in ``model.safetensors``, else in the files that
+``model.safetensors.index.json`` names, nothing else. `Layout` says which of them each stage takes, after names and
+shapes were checked against the headers, before a byte of a tensor is read. Knows no maths, and reads no tensor.
+"""
+
+import json
+import math
+import os
+import re
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from xxhash import xxh3_128
+
+from archs.contract import ExpertSource, Family, Source, routed, stored
+
+from .errors import ModelError
+from .schedule import Stage
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""Stored dtypes that weights may have; others may lie in a file but cannot be claimed."""
+STORED: Mapping[str, torch.dtype] = DTYPES | {"F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8}
+"""Those, and what quantised weights are made of."""
+
+Format = Literal["plain", "fp8", "mxfp4"]
+"""How a tensor's values are stored; see `fpwap.formats`."""
+QUANTISED: Mapping[str, Format] = {"F8_E4M3": "fp8", "U8": "mxfp4"}
+"""Stored dtype -> format, where scales lie beside the values."""
+FP8_SCALES, MXFP4 = "_scale_inv", ("_blocks", "_scales")
+"""What follows a quantised tensor's name in the names of its companions."""
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SAMPLE, SAMPLES = 4096, 5
+"""Bytes and number of the samples of each tensor by which a shard is told from another."""
+
+# --- where tensors lie ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One stored tensor: its shard, first byte and size in bytes."""
+
+    name: str
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+    def row(self, index: int, of: int) -> tuple[int, int]:
+        """First byte and size of one of ``of`` equal rows."""
+        return self.start + index * (self.size // of), self.size // of
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a model folder by name."""
+
+    folder: Path
+    entries: Mapping[str, Entry]
+
+    @classmethod
+    def open(cls, folder: Path) -> "Checkpoint":
+        """Reads the headers. Raises `ModelError` for missing, foreign or damaged files."""
+        entries: dict[str, Entry] = {}
+        shards, claimed = shard_names(folder)
+        for shard in shards:
+            for entry in _read_header(folder, shard):
+                if claimed is None or claimed.get(entry.name) == shard:
+                    entries[entry.name] = entry
+        lost = sorted(set(claimed or ()) - set(entries))
+        if lost:
+            raise ModelError(f"{folder / INDEX} names tensors that its shards do not hold: {_some(lost)}")
+        return cls(folder, entries)
+
+    @property
+    def shards(self) -> list[str]:
+        return sorted({entry.shard for entry in self.entries.values()})
+
+    def content(self) -> dict[str, str]:
+        """shard -> what tells its content from another's.
+
+        A hub cache's blob is named by its digest. Of any other file the size, the header and a sample of every tensor
+        are hashed: a shard of many gigabytes is not read for this.
+        """
+        return {shard: self._content(self.folder / shard) for shard in self.shards}
+
+    def _content(self, path: Path) -> str:
+        blob = path.resolve()
+        if path.is_symlink() and blob.parent.name == "blobs":
+            return f"blob {blob.name}"
+        digest = xxh3_128(str(path.stat().st_size).encode())
+        with open(path, "rb") as file:
+            for entry in self.entries.values():
+                if entry.shard == path.name:
+                    digest.update(repr(entry).encode())
+                    for part in range(SAMPLES):
+                        file.seek(entry.start + max(0, entry.size - SAMPLE) * part // (SAMPLES - 1))
+                        digest.update(file.read(min(SAMPLE, entry.size)))
+        return f"sampled {digest.hexdigest()}"
+
+    def first_floating(self) -> torch.dtype | None:
+        """The dtype of the first floating tensor, HF's rule for a config that names none."""
+        return next((DTYPES[entry.dtype] for entry in self.entries.values() if entry.dtype in DTYPES), None)
+
+
+def shard_names(folder: Path, *, present: bool = True) -> tuple[list[str], dict[str, str] | None]:
+    """The shard files of a folder and, if there is an index, tensor name -> shard.
+
+    present: they must be there. Raises `ModelError`.
+    """
+    if (folder / SINGLE).is_file():
+        return [SINGLE], None
+    if not (folder / INDEX).is_file():
+        pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth"))
+        advice = f"; {pickles[0]} is a pickle and is never opened: convert it to safetensors first" if pickles else ""
+        raise ModelError(f"{folder} holds neither {SINGLE} nor {INDEX}{advice}")
+    try:
+        claimed = json.loads((folder / INDEX).read_text())["weight_map"]
+        names = sorted(set(claimed.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{folder / INDEX} is not an index of safetensors shards: {error!r}") from error
+    for name in names:
+        if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
+            raise ModelError(
+                f"{folder / INDEX} names the shard {name!r}: shards are plain file names in the model folder"
+            )
+        if present and not (folder / name).is_file():
+            raise ModelError(f"{folder / name} is missing; {INDEX} names it: download the model again")
+    return names, claimed
+
+
+def _read_header(folder: Path, shard: str) -> list[Entry]:
+    path = folder / shard
+    try:
+        with safe_open(path, framework="pt"):  # checks sizes, offsets, overlaps and dtypes
+            pass
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ModelError(f"{path} is not a readable safetensors file: {error}") from error
+    header.pop("__metadata__", None)
+    entries = [
+        Entry(name, shard, info["dtype"], tuple(info["shape"]), 8 + length + begin, end - begin)
+        for name, info in header.items()
+        for begin, end in [info["data_offsets"]]
+    ]
+    return sorted(entries, key=lambda entry: entry.start)
+
+
+# --- what each stage takes ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Part of a field: a stored tensor, or one row of a stored stack of them.
+
+    values: how it is stored. scales: of a quantised one. shape: once decoded. row, rows: its place in the stack. block:
+    what one scale covers, where scales do not say so themselves.
+    """
+
+    values: Entry
+    shape: tuple[int, ...]
+    scales: Entry | None = None
+    row: int = 0
+    rows: int = 1
+    block: tuple[int, int] | None = None
+
+    @property
+    def stored(self) -> list[Entry]:
+        return [self.values] if self.scales is None else [self.values, self.scales]
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(entry.size // self.rows for entry in self.stored)
+
+    @property
+    def format(self) -> Format | None:
+        """How the values are stored; None if that is not known here."""
+        if self.scales is None:
+            return "plain" if self.values.dtype in DTYPES else None
+        return QUANTISED.get(self.values.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One field of a weights class: its pieces, stacked along the first dimension. dtype: None for the model's."""
+
+    pieces: tuple[Piece, ...]
+    dtype: torch.dtype | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        first = self.pieces[0].shape
+        return (len(self.pieces) * first[0], *first[1:])
+
+    @property
+    def stretch(self) -> tuple[str, int, int]:
+        """Shard, first byte and size in bytes of a field whose pieces lie side by side."""
+        first = self.pieces[0]
+        begin, size = first.values.row(first.row, first.rows)
+        return first.values.shard, begin, size * len(self.pieces)
+
+    def maps(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether the file's own bytes serve: no decoding, no cast, aligned, on the CPU, pieces in one row."""
+        dtype = self.dtype or dtype
+        shard, begin, whole = self.stretch
+        size = whole // len(self.pieces)
+        plain = all(piece.format == "plain" and DTYPES[piece.values.dtype] == dtype for piece in self.pieces)
+        joined = all(
+            (piece.values.shard, piece.values.row(piece.row, piece.rows)) == (shard, (begin + turn * size, size))
+            for turn, piece in enumerate(self.pieces)
+        )
+        return plain and joined and device.type == "cpu" and begin % dtype.itemsize == 0
+
+
+Fields = Mapping[str, Slot]
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What one instance of a weights class takes: its fields, and for each handle to experts a parcel each."""
+
+    weights: type
+    fields: Fields
+    experts: Mapping[str, "tuple[Parcel, ...]"]
+
+    @property
+    def slots(self) -> Iterator[Slot]:
+        """All, the experts' included."""
+        yield from self.fields.values()
+        for parcels in self.experts.values():
+            for parcel in parcels:
+                yield from parcel.slots
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return _size(self.slots)
+
+    @property
+    def own_size(self) -> int:
+        """The same without the experts."""
+        return _size(self.fields.values())
+
+    @property
+    def elements(self) -> int:
+        return sum(math.prod(slot.shape) for slot in self.slots)
+
+    def copied(self, dtype: torch.dtype, device: torch.device, *, experts: bool = True) -> int:
+        """Bytes that it takes beside the page cache."""
+        slots = self.slots if experts else self.fields.values()
+        return sum(aligned(slot, dtype) for slot in slots if not slot.maps(dtype, device))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which stored tensors each stage takes."""
+
+    parcels: Mapping[Stage, Parcel]
+
+    def __contains__(self, stage: Stage) -> bool:
+        return stage in self.parcels
+
+    def __getitem__(self, stage: Stage) -> Parcel:
+        return self.parcels[stage]
+
+
+def lay_out(checkpoint: Checkpoint, family: Family, config: Any, block: tuple[int, int] | None = None) -> Layout:
+    """Claims every tensor of the checkpoint for a stage, or knows it as ignorable.
+
+    A model without a head (a base-model checkpoint) has no "head" stage. Raises one `ModelError` with all that is
+    missing, unclaimed or of another shape. block: of fp8 weights, the part of a matrix that one scale covers.
+    """
+    names = checkpoint.entries
+    marks = [family.embedding, family.layer_prefix.format(i=0)]
+    pairs = (pair for pair in family.prefixes if any(n.startswith(pair[0] + mark) for n in names for mark in marks))
+    prefix, head_prefix = next(pairs, (None, ""))
+    if prefix is None:
+        raise ModelError(f"{checkpoint.folder} holds no {family.name} tensors, but {_some(sorted(names))}")
+
+    tables = {Stage("embed"): (prefix, family.embed_weights), Stage("norm"): (prefix, family.norm_weights)}
+    for layer in range(config.layers):
+        below = prefix + family.layer_prefix.format(i=layer)
+        tables[Stage("layer", layer)] = (below, family.layer_weights(config, layer))
+    tables[Stage("head")] = (head_prefix, family.head_weights)
+
+    embedding, head = prefix + family.embedding, head_prefix + family.head
+    alias: dict[str, str] = {}
+    if config.tied:  # a stored head wins over the tie, as in transformers 5; either name may be absent
+        alias = {head: embedding} if head not in names else {embedding: head} if embedding not in names else {}
+    elif head not in names:
+        del tables[Stage("head")]
+
+    claims = _Claims(names, alias, config, block)
+    parcels = {stage: claims.parcel(weights, below) for stage, (below, weights) in tables.items()}
+    below = "|".join(re.escape(body) for body, _ in family.prefixes)
+    ignored = re.compile(rf"(?:{below})?(?:{'|'.join(family.ignored) or '(?!)'})")
+    unclaimed = sorted(n for n in set(names) - claims.claimed if not ignored.fullmatch(n))
+    problems = list(dict.fromkeys(claims.problems))
+    if not problems and unclaimed:
+        problems.append(f"tensors that {family.name} with this config does not have: {_some(unclaimed)}")
+    if problems:
+        raise ModelError(
+            f"{checkpoint.folder} does not fit its config: {'; '.join(problems[:12])}{_more(problems, 12)}"
+        )
+    return Layout(parcels)
+
+
+class _Claims:
+    """Finds the tensors of weights classes, and remembers what was found and what is wrong."""
+
+    def __init__(
+        self, names: Mapping[str, Entry], alias: Mapping[str, str], config: Any, block: tuple[int, int] | None
+    ) -> None:
+        self._names, self._alias, self._config, self._block = names, alias, config, block
+        self.claimed: set[str] = set()
+        self.problems: list[str] = []
+
+    def parcel(self, weights: type, below: str) -> Parcel:
+        fields = self._fields(weights, below)
+        handles = {field: self._experts(source, below) for field, source in routed(weights).items()}
+        return Parcel(weights, fields, handles)
+
+    def _experts(self, source: ExpertSource, below: str) -> tuple[Parcel, ...]:
+        rows = getattr(self._config, source.count)
+        tables = (self._fields(source.weights, below + source.prefix, (row, rows)) for row in range(rows))
+        return tuple(Parcel(source.weights, fields, {}) for fields in tables)
+
+    def _fields(self, weights: type, below: str, expert: tuple[int, int] | None = None) -> Fields:
+        fields = {}
+        for field, source in stored(weights, self._config).items():
+            pieces = [self._piece(below + name, source, expert) for name in source.names]
+            if None not in pieces:
+                fields[field] = Slot(tuple(piece for piece in pieces if piece is not None), source.dtype)
+        return fields
+
+    def _piece(self, name: str, source: Source, expert: tuple[int, int] | None) -> Piece | None:
+        """The tensor of this name; for one of several experts its own, or its row of the stack of all."""
+        shape = source.shape(self._config)
+        words = " x ".join(f"{dim} {size}" for dim, size in zip(source.dims, shape, strict=True))
+        row, rows, whole = 0, 1, shape
+        if expert is not None and "{e}" not in name:
+            (row, rows), whole = expert, (expert[1], *shape)
+            words = f"experts {rows} x {words}"
+        elif expert is not None:
+            name = name.format(e=expert[0])
+        name = self._alias.get(name, name)
+        values, scales = self._look_up(name)
+        if values is None:
+            self.problems.append(f"{name} is missing (expected {words})")
+            return None
+        piece = Piece(values, shape, scales, row, rows, self._block)
+        self.claimed |= {entry.name for entry in piece.stored}
+        expected = _stored_shapes(piece.format, whole, self._block)
+        if piece.format is None:
+            self.problems.append(f"{values.name} is stored as {values.dtype}, which is not supported")
+        for entry, stored_shape in zip(piece.stored, expected, strict=False):
+            if entry.shape != stored_shape:
+                meant = words if stored_shape == whole else f"{words}, stored as {list(stored_shape)}"
+                self.problems.append(f"{entry.name} has shape {list(entry.shape)} where the config says {meant}")
+        return piece
+
+    def _look_up(self, name: str) -> tuple[Entry | None, Entry | None]:
+        """The stored values of a tensor, and their scales if it is quantised."""
+        if name in self._names:
+            return self._names[name], self._names.get(name + FP8_SCALES)
+        blocks, scales = (self._names.get(name + end) for end in MXFP4)
+        return (blocks, scales) if scales is not None else (None, None)
+
+
+def _stored_shapes(
+    format: Format | None, shape: tuple[int, ...], block: tuple[int, int] | None
+) -> list[tuple[int, ...]]:
+    """Of the tensors that hold a tensor of this shape."""
+    if format == "fp8" and block is not None:
+        return [shape, tuple(-(-size // side) for size, side in zip(shape, block, strict=True))]
+    if format == "mxfp4":
+        *rows, width, height = shape
+        return [(*rows, height, width // 32, 16), (*rows, height, width // 32)]
+    return [shape]
+
+
+def _size(slots: Iterable[Slot]) -> int:
+    return sum(piece.size for slot in slots for piece in slot.pieces)
+
+
+def aligned(slot: Slot, dtype: torch.dtype) -> int:
+    """Bytes rounded up so that the next tensor begins at a multiple of 64: fp32 bits depend on it."""
+    return -(-math.prod(slot.shape) * (slot.dtype or dtype).itemsize // 64) * 64
+
+
+def _more(items: Sequence[str], shown: int) -> str:
+    return f"; and {len(items) - shown} more" if len(items) > shown else ""
+
+
+def _some(names: Sequence[str], shown: int = 6) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")

@@ -1,0 +1,167 @@
+"""The conformance suite: every family of the table, every variant of its checkpoints, against Hugging Face.
+
+A family that is added to ``archs.FAMILIES`` is under test by that alone; ``variants/<family>.py`` says how its config
+and files can look. Padded sweeps must have HF's bits at every place that HF can show; packed ones give a prompt the same
+bits alone and in a dataset, and are as near to an fp64 forward as HF is.
+
+By default each variant is run in one dtype, in turn; ``-m full`` runs all dtypes of all variants.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import CHECKS, LONGEST, VARIANTS, tensors
+from harness import DTYPES, Keep, Kept, Reference, Sample, differences, given, keep, only, prompts
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+import archs
+from archs.contract import MODEL_HOOKS
+from fpwap.prepare import open_model
+
+PADDED: list[Sample] = [
+    *prompts([LONGEST] * 3),
+    *given(prompts([LONGEST, 5, 13], seed=1), "right"),
+    *given(prompts([9, LONGEST, 1], seed=2), "left"),
+    *prompts([3, 2, 3], seed=3),
+]
+"""In microbatches of three: equal lengths, padded right, padded left, and shorter than any window."""
+PACKED = prompts([LONGEST, LONGEST, 13, 9, 9, 9, 3, 1], seed=4)
+SIZE = 3
+
+
+def grid(*, full: bool) -> Iterator[Any]:
+    """(variant, dtype, attention): a dtype for each in turn, all others marked ``full``."""
+    for turn, (name, variant) in enumerate(VARIANTS.items()):
+        implementations = variant.attention or archs.family(variant.values).attention
+        for number, attention in enumerate(implementations):
+            for place, dtype in enumerate(DTYPES):
+                marks = [] if place == (turn + number) % len(DTYPES) else [pytest.mark.full]
+                label = f"{name}-{str(dtype).removeprefix('torch.')}-{attention}"
+                if full or not marks:
+                    yield pytest.param(name, dtype, attention, marks=marks, id=label)
+
+
+def shown(folder: Path, name: str) -> tuple[str, ...]:
+    """The hooks at which HF's modules show what ours do."""
+    checks = VARIANTS[name].checks
+    model = [hook for hook in MODEL_HOOKS if hook != "final_norm" or checks.norm is not None]
+    ours = open_model(str(folder), None)
+    own = {hook for layer in range(ours.config.layers) for hook in ours.family.hooks(ours.config, layer)}
+    layer = [hook for hook in (*checks.points, "residual_pre", "residual_post") if hook in own]
+    assert set(checks.points) <= own, "a point that the family does not show"
+    return (*model, *layer)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_no_tensor_is_constant(name: str, checkpoint: Callable[[str], Path]) -> None:
+    for key, tensor in tensors(checkpoint(name)).items():
+        assert tensor.numel() == 1 or tensor.float().std() > 0.01, key
+
+
+@pytest.mark.parametrize(("name", "dtype", "attention"), list(grid(full=True)))
+def test_padded_has_the_bits_of_hugging_face(
+    name: str, dtype: torch.dtype, attention: str, checkpoint: Callable[[str], Path]
+) -> None:
+    folder, variant = checkpoint(name), VARIANTS[name]
+    hooks = shown(folder, name)
+    request = {"dtype": dtype, "attn_implementation": attention, "batching": "padded", "microbatch_size": SIZE}
+    found = keep(folder, PADDED, Keep(hooks), **request)
+    expected = Reference.load(folder, dtype, attention, checks=variant.checks).kept(PADDED, SIZE)
+    assert {hook for _, hook in found} == set(hooks)
+    assert all(torch.isfinite(value).all() for rows in found.values() for value in rows.values())
+    wrong = differences(found, {site: rows for site, rows in expected.items() if site[1] in hooks})
+    assert not wrong, f"{len(wrong)} sites and prompts differ, first {wrong[0]}"
+
+
+@pytest.mark.parametrize(("name", "dtype", "attention"), list(grid(full=False)))
+def test_hooks_have_their_shapes_and_equations(
+    name: str, dtype: torch.dtype, attention: str, checkpoint: Callable[[str], Path]
+) -> None:
+    folder, checks = checkpoint(name), VARIANTS[name].checks
+    model = open_model(str(folder), None)
+    for layer in range(model.config.layers):
+        hooks = model.family.hooks(model.config, layer)
+        kept = keep(folder, PACKED, Keep(tuple(hooks), [layer]), dtype=dtype, attn_implementation=attention)
+        assert [hook for _, hook in kept if hook != "attn_pattern"] == [h for h in hooks if h != "attn_pattern"]
+        for (_, hook), rows in kept.items():
+            for sample, value in rows.items():
+                length = len(PACKED[sample])
+                lead = (hooks[hook][0], length, length) if hook == "attn_pattern" else (length, *hooks[hook])
+                assert value.shape == lead, hook
+        at = {hook: torch.cat(list(rows.values())) for (_, hook), rows in kept.items() if hook != "attn_pattern"}
+        if "residual_mid" in at and checks.sums is not None:
+            assert torch.equal(at["residual_mid"], at["residual_pre"] + at["attn_out"])
+        if checks.sums is not None:
+            words = {"x": at["residual_pre"], "a": at["attn_out"], "m": at["mlp_out"], "mid": at.get("residual_mid")}
+            assert torch.equal(at["residual_post"], eval(checks.sums, {}, words)), layer
+        for (_, hook), rows in kept.items():
+            if hook == "attn_pattern":
+                assert all((value.float().sum(-1) <= 1.01).all() and (value >= 0).all() for value in rows.values())
+
+
+@pytest.mark.parametrize(("name", "dtype", "attention"), list(grid(full=False)))
+def test_packed_gives_a_prompt_the_same_bits_alone(
+    name: str, dtype: torch.dtype, attention: str, checkpoint: Callable[[str], Path]
+) -> None:
+    request = {"dtype": dtype, "attn_implementation": attention}
+    hooks = ("residual_post", "logits")
+    together = keep(checkpoint(name), PACKED, Keep(hooks), **request)
+    for sample in (0, 2, 4, 7):
+        alone = keep(checkpoint(name), [PACKED[sample]], Keep(hooks), **request)
+        assert not differences(only(together, sample), alone)
+
+
+# --- the distance from the truth ------------------------------------------------------------------------------------
+
+
+class InDouble(TorchFunctionMode):
+    """Makes whatever asks for fp32 use fp64: norms, softmax and rope of HF's own forward become exact."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def wide(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        return func(*map(wide, args), **{key: wide(value) for key, value in (kwargs or {}).items()})
+
+
+def exact(folder: Path, name: str, dtype: torch.dtype, attention: str) -> Kept:
+    """HF's forward in fp64 on weights rounded to ``dtype``, each prompt alone."""
+    reference = Reference.load(folder, dtype, attention, checks=VARIANTS[name].checks)
+    model: Any = reference.model.double()
+    model.set_experts_implementation("eager")
+    with InDouble():
+        for module in model.modules():
+            rope = getattr(module, "rotary_emb", None)
+            if isinstance(rope, torch.nn.Module):
+                module.rotary_emb = type(rope)(rope.config)
+        return reference.kept(PACKED, 1)
+
+
+def distance(found: Kept, truth: Kept) -> float:
+    """Relative root mean square over all real tokens of what leaves the last layer."""
+    site = max(site for site in truth if site[1] == "residual_post")
+
+    def rows(kept: Kept) -> Tensor:
+        return torch.cat([kept[site][sample] for sample in range(len(PACKED))]).double()
+
+    return float((rows(found) - rows(truth)).norm() / rows(truth).norm())
+
+
+@pytest.mark.parametrize("name", [next(n for n, v in VARIANTS.items() if v.family == family) for family in CHECKS])
+def test_packed_is_as_near_to_the_truth_as_hugging_face(name: str, checkpoint: Callable[[str], Path]) -> None:
+    """In fp32, where a routed model chooses the experts that it chooses in fp64."""
+    folder, variant = checkpoint(name), VARIANTS[name]
+    attention = (variant.attention or archs.family(variant.values).attention)[0]
+    dtype = torch.float32
+    truth = exact(folder, name, dtype, attention)
+    ours = keep(folder, PACKED, Keep(("residual_post",)), dtype=dtype, attn_implementation=attention)
+    theirs = Reference.load(folder, dtype, attention, checks=variant.checks).kept(PACKED, len(PACKED))
+    near, far = distance(ours, truth), distance(theirs, truth)
+    assert far < 1e-5, "the reference itself is not near"
+    assert near <= 1.05 * far
