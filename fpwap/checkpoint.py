@@ -261,6 +261,17 @@ class Parcel:
     def elements(self) -> int:
         return sum(math.prod(slot.shape) for slot in self.slots)
 
+    def largest_expert(self, dtype: torch.dtype) -> int:
+        """Bytes of one expert, in memory."""
+        experts = [parcel for parcels in self.experts.values() for parcel in parcels]
+        return max((sum(aligned(slot, dtype) for slot in parcel.slots) for parcel in experts), default=0)
+
+    def mapped_experts(self, dtype: torch.dtype, device: torch.device) -> int:
+        """Bytes of the page cache that the experts take as they lie there."""
+        experts = [parcel for parcels in self.experts.values() for parcel in parcels]
+        slots = (slot for parcel in experts for slot in parcel.slots if slot.maps(dtype, device))
+        return sum(aligned(slot, dtype) for slot in slots)
+
     def copied(self, dtype: torch.dtype, device: torch.device, *, experts: bool = True) -> int:
         """Bytes that it takes beside the page cache."""
         slots = self.slots if experts else self.fields.values()

@@ -145,6 +145,7 @@ def _add_request(parser: argparse.ArgumentParser, *, out_required: bool) -> None
     machine = parser.add_argument_group("machine")
     add = machine.add_argument
     add("--device", default="auto", help="cpu, cuda, ...; default: the accelerator if there is one")
+    add("--memory", metavar="SIZE", help="RAM that the run may take, such as 8GB; default: what is free")
     add(
         "--residual",
         choices=("auto", "device", "ram", "disk"),
@@ -218,6 +219,7 @@ def _asked(options: argparse.Namespace, *, progress: bool) -> Iterator["Sweep"]:
             batching=options.batching,
             microbatch_size=options.microbatch_size,
             microbatch_tokens=options.microbatch_tokens,
+            memory=options.memory,
             truncation=options.truncation,
             residual=options.residual,
             attn_implementation=options.attn_implementation,

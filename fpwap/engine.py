@@ -2,7 +2,7 @@
 
     for every wave, for every layer group:
         wait for the group's weights (the next group's are being read meanwhile)
-        for every microbatch:
+        for every microbatch (or chunk of them, where experts are streamed):
             read its residual rows, go through the group's stages, write them back
         commit what the group's layers put out
 
@@ -65,7 +65,7 @@ def sweep(parts: Parts) -> None:
                 for layer in layers:
                     taps.start_layer(layer)
         final = step.group == len(schedule.groups) - 1
-        _visit(parts, stages, loaded, parts.table.microbatches[step.microbatch], shared, keep=not final)
+        _visit(parts, stages, loaded, parts.table.joined(step.microbatches), shared, keep=not final)
         parts.progress.step(stages[-1].label)
         if step.last:
             parts.residual.turn()

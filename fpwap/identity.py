@@ -50,6 +50,7 @@ def identity(request: Request, ready: Prepared, callbacks: Sequence[Callback]) -
             "batching": plan.batching,
             "microbatch": plan.microbatch,
             "height": plan.height,
+            "sparse_height": plan.sparse_height,
             "attention": plan.attention,
         },
         "callbacks": [

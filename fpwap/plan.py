@@ -5,8 +5,8 @@ bytes whatever memory is free. The plan is made from headers and lengths alone; 
 nothing. It is the only value that all parts share.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,11 +36,18 @@ POOLED = 2**30
 class Costs:
     """What the parts say they need: bytes, except ``flops`` (multiply-adds count two).
 
-    weights: on disk, per stage. resident: copies of weights in memory (a map of the file costs none).
+    weights: on disk, per stage. resident: copies of weights in memory (a map of the file costs none). experts: the part
+    of ``weights`` that is a layer's experts. streamed: what weights take with experts read one at a time, maps included.
+    mapped: what the experts of the largest layer take of the page cache, twice, as the next layer is read ahead.
+    row: tensors of one row of a microbatch in a routed layer.
     """
 
     weights: Mapping[Stage, int]
     resident: int
+    experts: Mapping[Stage, int] = field(default_factory=dict)
+    streamed: int = 0
+    mapped: int = 0
+    row: int = 0
     residual: int
     microbatch: int
     outputs: int
@@ -86,8 +93,10 @@ class Plan:
 
     @property
     def weights_bytes(self) -> int:
-        """Bytes of weights read by the whole sweep."""
-        return sum(self.costs.weights[stage] for stage in self.schedule.loads())
+        """Bytes of weights read by the whole sweep, at most: an expert that no token chooses is not read."""
+        again = max(0, len(self.schedule.chunks) - 1)
+        experts = sum(self.costs.experts.get(stage, 0) for stage in self.schedule.streamed)
+        return sum(self.costs.weights[stage] for stage in self.schedule.loads()) + again * experts
 
     @property
     def compute_s(self) -> float:
@@ -103,6 +112,17 @@ class Plan:
         """Wall-clock by the slower of compute and disk, which overlap. Not calibrated on this machine."""
         return max(self.compute_s, self.disk_s)
 
+    def _reading(self) -> str:
+        """How often weights are read."""
+        chunks = self.schedule.chunks
+        if not chunks:
+            return " once"
+        experts = sum(self.costs.experts[stage] for stage in self.schedule.streamed)
+        return (
+            f": once, but for the experts of {counted(len(self.schedule.streamed), 'layer')} ({size(experts)}), which "
+            f"do not fit and are read for each of {counted(len(chunks), 'chunk')} of the dataset"
+        )
+
     def summary(self) -> str:
         """The page a person reads before a run."""
         bound = "compute" if self.compute_s >= self.disk_s else "disk"
@@ -117,7 +137,7 @@ class Plan:
             f"batching   {self.batching}: {counted(self.microbatches, 'microbatch')} of {self.microbatch}{height}",
             f"sweep      up to {self.last}, {counted(len(self.schedule.groups), 'visit')} of each microbatch, "
             f"{counted(len(self.schedule.waves), 'wave')}",
-            f"weights    {size(self.weights_bytes)} read once",
+            f"weights    {size(self.weights_bytes)} read" + self._reading(),
             f"residual   {size(self.costs.residual)} in {self.tier}",
             f"outputs    {size(self.costs.outputs)}, callbacks' state {size(self.costs.states)}",
             f"memory     {size(self.memory_bytes)} of {size(self.memory_free)} free",
@@ -137,15 +157,26 @@ def make_plan(
     microbatch: int,
     costs: Costs,
     device: torch.device,
+    memory_free: int,
     disk_free: int,
+    lengths: Sequence[int],
+    schedule: Callable[[tuple[range, ...]], Schedule],
     **known: Any,
 ) -> Plan:
-    """Decides the tier and what does not fit. residual: the tier asked for, or "auto"; known: fields of `Plan`."""
-    memory_free = machine.available_memory()
+    """Decides the tier, the chunks of routed layers, and what does not fit.
+
+    residual: the tier asked for, or "auto". lengths: rows of every microbatch. schedule: makes it of the chunks.
+    known: fields of `Plan`.
+    """
     tier = _tier(residual, costs.residual, device, memory_free)
     pooled = min(costs.outputs, POOLED)
     held = costs.residual if tier != "disk" else 0
-    memory = costs.resident + costs.microbatch + costs.states + pooled + held
+    others = costs.states + pooled + held
+    split = chunks(costs, lengths, known["height"], memory_free - others)
+    if split:
+        longest = max(_filled(sum(lengths[index] for index in chunk), known["height"]) for chunk in split)
+        costs = replace(costs, resident=costs.streamed, microbatch=max(costs.microbatch, longest * costs.row))
+    memory = costs.resident + costs.microbatch + others
     disk = costs.outputs + (2 * costs.residual if tier == "disk" else 0)
     unit = "token" if known["height"] else "row"
     return Plan(
@@ -155,6 +186,7 @@ def make_plan(
         threads=torch.get_num_threads(),
         microbatch=counted(microbatch, unit),
         costs=costs,
+        schedule=schedule(split),
         tier=tier,
         memory_bytes=memory,
         memory_free=memory_free,
@@ -162,6 +194,30 @@ def make_plan(
         disk_free=disk_free,
         blockers=tuple(_blockers(costs, held, memory, memory_free, disk, disk_free)),
     )
+
+
+def chunks(costs: Costs, rows: Sequence[int], height: int | None, memory: int) -> tuple[range, ...]:
+    """Consecutive microbatches that visit a routed layer together, as large as memory allows; none if experts fit.
+
+    rows: of each microbatch. height: of a tile, to which a chunk is filled up. memory: bytes that weights and a chunk's
+    tensors may take.
+    """
+    if not costs.experts or costs.resident + costs.mapped + costs.row * _filled(max(rows), height) <= memory:
+        return ()
+    found: list[range] = []
+    held = 0
+    for index, count in enumerate(rows):
+        if found and costs.streamed + costs.row * _filled(held + count, height) <= memory:
+            found[-1] = range(found[-1].start, index + 1)
+        else:
+            found.append(range(index, index + 1))
+            held = 0
+        held += count
+    return tuple(found)
+
+
+def _filled(rows: int, height: int | None) -> int:
+    return rows if height is None else -(-rows // height) * height
 
 
 def tile_heights(device: torch.device, widths: tuple[int, ...]) -> tuple[int, int]:

@@ -4,6 +4,7 @@ Config, headers and lengths in; sites, token table and plan out. No tensor is re
 """
 
 import math
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from archs.contract import ArchError, Family
 
 from . import hub, machine
 from .callbacks.base import Callback, Declared, Site
-from .checkpoint import INDEX, SINGLE, Checkpoint, Layout, lay_out, shard_names
+from .checkpoint import INDEX, SINGLE, Checkpoint, Layout, aligned, lay_out, shard_names
 from .context import SweepContext
 from .errors import CallbackError, ModelError, RequestError
 from .plan import Costs, Plan, make_plan, tile_heights
@@ -47,6 +48,7 @@ class Request:
     batching: Literal["packed", "padded"]
     microbatch_size: int
     microbatch_tokens: int | None
+    memory: int | None
     attention: Attention | None
     residual: str
     layers_per_visit: int
@@ -142,7 +144,10 @@ def prepare(
         dtype=dtype, device=device, family=family, config=config, prompts=prompts, bound=targets.by_callback(callbacks)
     )
     packed = request.batching == "packed"
-    schedule = _schedule(targets, model, request.layers_per_visit, table)
+
+    def schedule(chunks: tuple[range, ...]) -> Schedule:
+        return _schedule(targets, model, layout, request.layers_per_visit, table, chunks)
+
     plan = make_plan(
         model=model.files.name,
         commit=model.files.commit,
@@ -163,7 +168,9 @@ def prepare(
         sparse_height=sparse_height,
         schedule=schedule,
         residual=request.residual,
-        costs=_costs(layout, callbacks, targets, context, table, schedule),
+        costs=_costs(layout, callbacks, targets, context, table, schedule(())),
+        lengths=[batch.rows.stop - batch.rows.start for batch in table.microbatches],
+        memory_free=min(machine.available_memory(), request.memory or sys.maxsize),
         disk_free=machine.free_disk(out or Path(tempfile.gettempdir())),
         warnings=(*targets.warnings, *_beyond_training(model, prompts)),
     )
@@ -207,14 +214,18 @@ def _beyond_training(model: Model, prompts: Prompts) -> list[str]:
     return [f"{longer} prompts are longer than max_position_embeddings ({trained})"] if longer else []
 
 
-def _schedule(targets: Targets, model: Model, size: int, table: TokenTable) -> Schedule:
+def _schedule(
+    targets: Targets, model: Model, layout: Layout, size: int, table: TokenTable, chunks: tuple[range, ...]
+) -> Schedule:
     """The stages up to the last wanted site."""
     stage = stage_of(targets.last)
     waves = (range(len(table.microbatches)),)
     if stage.kind == "embed":
         return Schedule(((stage,),), waves)
     layers = range(model.config.layers if stage.layer is None else stage.layer + 1)
-    return Schedule(group_stages(layers, norm=stage.layer is None, head=stage.kind == "head", size=size), waves)
+    groups = group_stages(layers, norm=stage.layer is None, head=stage.kind == "head", size=size, apart=bool(chunks))
+    routed = frozenset(stage for group in groups for stage in group if layout[stage].experts)
+    return Schedule(groups, waves, chunks, routed if chunks else frozenset())
 
 
 def _check_name(callback: Callback, site: Site, declared: Declared, names: set[str]) -> None:
@@ -230,6 +241,15 @@ def _check_name(callback: Callback, site: Site, declared: Declared, names: set[s
     if file in names:
         raise RequestError(f"{type(callback).__name__}: there are two outputs named {declared.name!r} at {where(site)}")
     names.add(file)
+
+
+def _routed_row(context: SweepContext, stage: Stage) -> int:
+    """Bytes that a row of a chunk takes in a routed layer: the stream, fp32 norms, projections, a term per choice."""
+    config, itemsize = context.config, context.dtype.itemsize
+    hooks = context.family.hooks(config, stage.layer or 0)
+    (chosen,) = hooks["expert_ids"]
+    widest = max(math.prod(width) for width in hooks.values())
+    return int((10 * config.hidden + 3 * widest) * itemsize + 2 * chosen * config.hidden * torch.float32.itemsize)
 
 
 def _costs(
@@ -261,10 +281,18 @@ def _costs(
     widest = max((math.prod(width) for shown in hooks for width in shown.values()), default=config.hidden)
     rows = max(batch.rows.stop - batch.rows.start for batch in table.microbatches)
     logits = config.vocab if Stage("head") in stages else 0
-    copied = {stage: layout[stage].copied(context.dtype, context.device) for stage in stages}
+    where = context.dtype, context.device
+    copied = {stage: layout[stage].copied(*where) for stage in stages}
+    apart = {stage: sum(aligned(slot, context.dtype) for slot in layout[stage].fields.values()) for stage in stages}
+    routed = [stage for stage in stages if layout[stage].experts]
     return Costs(
         weights={stage: layout[stage].size for stage in stages},
         resident=2 * max(sum(copied[stage] for stage in group) for group in schedule.groups),
+        experts={stage: layout[stage].size - layout[stage].own_size for stage in routed},
+        streamed=2 * max(sum(apart[stage] for stage in group) for group in schedule.groups)
+        + 2 * max((layout[stage].largest_expert(context.dtype) for stage in routed), default=0),
+        mapped=2 * max((layout[stage].mapped_experts(*where) for stage in routed), default=0),
+        row=max((_routed_row(context, stage) for stage in routed), default=0),
         residual=table.rows * config.hidden * itemsize if len(schedule.groups) > 1 else 0,
         microbatch=rows * (6 * config.hidden + 3 * widest + logits) * itemsize,
         outputs=outputs,

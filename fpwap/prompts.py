@@ -264,6 +264,15 @@ class Microbatch:
     groups: tuple[Group, ...]
     views: tuple[View, ...]
 
+    def after(self, rows: int) -> tuple[list[Group], list[View]]:
+        """Groups and views of this one behind so many rows of others."""
+        groups = [replace(group, start=group.start + rows) for group in self.groups]
+        return groups, [replace(view, rows=_moved(view.rows, rows)) for view in self.views]
+
+
+def _moved(rows: slice | Tensor, by: int) -> slice | Tensor:
+    return rows + by if isinstance(rows, Tensor) else slice(rows.start + by, rows.stop + by)
+
 
 @dataclass(frozen=True, eq=False)
 class TokenTable:
@@ -280,6 +289,18 @@ class TokenTable:
     @property
     def rows(self) -> int:
         return len(self.ids)
+
+    def joined(self, microbatches: range) -> Microbatch:
+        """Consecutive microbatches as one."""
+        first, *others = (self.microbatches[index] for index in microbatches)
+        if not others:
+            return first
+        groups, views = list(first.groups), list(first.views)
+        for microbatch in others:
+            more = microbatch.after(microbatch.rows.start - first.rows.start)
+            groups += more[0]
+            views += more[1]
+        return Microbatch(first.index, slice(first.rows.start, others[-1].rows.stop), tuple(groups), tuple(views))
 
     def batch(
         self,

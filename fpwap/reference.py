@@ -40,7 +40,8 @@ class HFLayers:
     quantization_config needs them dequantised here. Of a multimodal checkpoint the text model is taken.
 
     ids, mask and positions are what input_ids, attention_mask and position_ids ``[b, s]`` are to the model's
-    ``forward``, and may be None where they may there. No call depends on the one before, also with a dynamic rope.
+    ``forward``, which is called with use_cache=False; they may be None where they may there. No call depends on the one
+    before, also with a dynamic rope.
 
     Raises `RequestError` without transformers, `ModelError` for a checkpoint that is quantised or lacks tensors, and
     what transformers raises for a model or an attention that it does not have.
@@ -57,7 +58,7 @@ class HFLayers:
         with _transformers() as hf, torch.device("meta"):
             config = hf.AutoConfig.from_pretrained(folder)
             text = config.get_text_config(decoder=True)
-            text.tie_word_embeddings = config.tie_word_embeddings
+            text.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)  # the wrapper decides
             for each in (config, text):
                 if getattr(each, "quantization_config", None) is not None:
                     if tensors is None:

@@ -3,6 +3,7 @@
 A *stage* is what has weights of its own: the embedding, each layer, the final norm, the head. A *layer group* is
 consecutive stages resident together; a microbatch goes through all of them in one visit. A *wave* is a part of the
 dataset that is swept on its own. Weights are read once per wave: groups outside, microbatches inside.
+The experts of a layer that does not fit are read once per *chunk*, consecutive microbatches that visit it together.
 
 Knows nothing of tensors or files.
 """
@@ -26,7 +27,7 @@ class Stage(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One visit: these stages, on this microbatch of the token table, of this wave.
+    """One visit: these stages, on these microbatches of the token table at once, of this wave.
 
     first, last: whether it is the group's first or last visit of the wave: weights come before, commits after.
     sweep_pass, variant: constant today; several passes, or several variants of a model over one pass of its weights.
@@ -34,7 +35,7 @@ class Step(NamedTuple):
 
     wave: int
     group: int
-    microbatch: int
+    microbatches: range
     first: bool
     last: bool
     sweep_pass: int = 0
@@ -43,38 +44,54 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """groups: stages in the model's order. waves: ranges of microbatch indices, together the whole table."""
+    """groups: stages in the model's order. waves: ranges of microbatch indices, together the whole table.
+
+    chunks: ranges of microbatches that go as one through layers whose experts are streamed, so that each expert is read
+    once a chunk; together the whole table, or none. streamed: those layers.
+    """
 
     groups: tuple[tuple[Stage, ...], ...]
     waves: tuple[range, ...]
+    chunks: tuple[range, ...] = ()
+    streamed: frozenset[Stage] = frozenset()
+
+    def visits(self, wave: range, group: int) -> list[range]:
+        """What goes through a group at once, visit by visit."""
+        if self.streamed.isdisjoint(self.groups[group]):
+            return [range(index, index + 1) for index in wave]
+        within = (range(max(wave.start, chunk.start), min(wave.stop, chunk.stop)) for chunk in self.chunks)
+        return [chunk for chunk in within if chunk]
 
     def steps(self) -> Iterator[Step]:
-        """Every step in order: for each wave, for each group, each microbatch."""
+        """Every step in order: for each wave, for each group, each visit."""
         for wave, microbatches in enumerate(self.waves):
             for group in range(len(self.groups)):
-                for index in microbatches:
-                    yield Step(wave, group, index, index == microbatches[0], index == microbatches[-1])
+                visits = self.visits(microbatches, group)
+                for place, visit in enumerate(visits):
+                    yield Step(wave, group, visit, place == 0, place == len(visits) - 1)
 
     def loads(self) -> list[Stage]:
         """The stages in the order in which their weights are needed, once per wave."""
         return [stage for _ in self.waves for group in self.groups for stage in group]
 
     def __len__(self) -> int:
-        return len(self.groups) * sum(len(wave) for wave in self.waves)
+        return sum(len(self.visits(wave, group)) for wave in self.waves for group in range(len(self.groups)))
 
 
-def group_stages(layers: Sequence[int], *, norm: bool, head: bool, size: int) -> tuple[tuple[Stage, ...], ...]:
+def group_stages(
+    layers: Sequence[int], *, norm: bool, head: bool, size: int, apart: bool = False
+) -> tuple[tuple[Stage, ...], ...]:
     """Stages cut into groups of ``size`` layers.
 
     The embedding visits with the first group, since it makes what the group reads; the final norm and the head come
-    after the layers, in a visit of their own unless all layers fit into one.
+    after the layers, in a visit of their own unless all layers fit into one, or they are to be apart.
     """
     assert size >= 1
     blocks = [Stage("layer", layer) for layer in layers]
     groups = [blocks[start : start + size] for start in range(0, len(blocks), size)] or [[]]
     groups[0] = [Stage("embed"), *groups[0]]
     tail = [Stage("norm")] * norm + [Stage("head")] * head
-    if tail and len(groups) == 1:
+    if tail and len(groups) == 1 and not apart:
         groups[0] += tail
     elif tail:
         groups.append(tail)

@@ -5,6 +5,7 @@ the plan; `run` opens the parts, hands them to the engine and closes them. Nothi
 """
 
 import contextlib
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -53,7 +54,8 @@ class Sweep:
     accelerator if there is one. out: the result's folder; None is a temporary one, gone with the result.
     batching: "packed" (no padding; a prompt's bits depend on the prompt alone) or "padded" (bit-equal to Hugging Face
     on the same padded batches, ``microbatch_size`` rows in dataset order). microbatch_tokens: size of a packed
-    microbatch. residual: where the residual stream lives between layers. attn_implementation: "sdpa", "eager", None:
+    microbatch. memory: RAM that the run may take, in bytes or as "8GB"; by default what is free. residual: where the
+    residual stream lives between layers. attn_implementation: "sdpa", "eager", None:
     the family's default. layers_per_visit: how many layers are resident together. progress: a bar, nothing, or a
     callable that gets `ProgressEvent`s.
 
@@ -75,6 +77,7 @@ class Sweep:
         batching: Literal["packed", "padded"] = "packed",
         microbatch_size: int | None = None,
         microbatch_tokens: int | None = None,
+        memory: int | str | None = None,
         truncation: Literal["error", "left", "right"] = "error",
         residual: Literal["auto", "device", "ram", "disk"] = "auto",
         attn_implementation: Attention | None = None,
@@ -120,6 +123,7 @@ class Sweep:
             batching=batching,
             microbatch_size=microbatch_size or MICROBATCH_SIZE,
             microbatch_tokens=microbatch_tokens,
+            memory=_bytes("memory", memory),
             truncation=truncation,
             residual=residual,
             attention=attn_implementation,
@@ -199,7 +203,7 @@ class Sweep:
                     ready.layout,
                     plan.schedule.loads(),
                     resident=max(len(group) for group in plan.schedule.groups),
-                    stream_experts=False,
+                    stream_experts=bool(plan.schedule.chunks),
                     dtype=plan.dtype,
                     device=plan.device,
                     moved=lambda size, seconds: recorder.count("weights", size, seconds),
@@ -240,6 +244,19 @@ class Sweep:
         for callback in self._callbacks:  # the result is complete, whatever happens here
             with Blame(callback, "on_sweep_end"):
                 callback.on_sweep_end()
+
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def _bytes(name: str, asked: int | str | None) -> int | None:
+    """A size in bytes, or in words such as "8GB"."""
+    if asked is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(asked))
+    if isinstance(asked, bool) or found is None or found[2].upper() not in UNITS or float(found[1]) <= 0:
+        raise RequestError(f"{name} must be bytes, or a size such as '8GB' or '512MiB', not {asked!r}")
+    return int(float(found[1]) * UNITS[found[2].upper()])
 
 
 def _dtype(asked: torch.dtype | str) -> torch.dtype | None:
