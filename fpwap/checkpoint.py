@@ -89,6 +89,13 @@ class Checkpoint:
     def shards(self) -> list[str]:
         return sorted({entry.shard for entry in self.entries.values()})
 
+    def look_up(self, name: str) -> tuple[Entry | None, Entry | None]:
+        """The stored values of a tensor, and their scales if it is quantised."""
+        if name in self.entries:
+            return self.entries[name], self.entries.get(name + FP8_SCALES)
+        blocks, scales = (self.entries.get(name + end) for end in MXFP4)
+        return (blocks, scales) if scales is not None else (None, None)
+
     def content(self) -> dict[str, str]:
         """shard -> what tells its content from another's.
 
@@ -317,7 +324,7 @@ def lay_out(checkpoint: Checkpoint, family: Family, config: Any, block: tuple[in
     elif head not in names:
         del tables[Stage("head")]
 
-    claims = _Claims(names, alias, config, block)
+    claims = _Claims(checkpoint, alias, config, block)
     parcels = {stage: claims.parcel(weights, below) for stage, (below, weights) in tables.items()}
     below = "|".join(re.escape(body) for body, _ in family.prefixes)
     ignored = re.compile(rf"(?:{below})?(?:{'|'.join(family.ignored) or '(?!)'})")
@@ -336,9 +343,9 @@ class _Claims:
     """Finds the tensors of weights classes, and remembers what was found and what is wrong."""
 
     def __init__(
-        self, names: Mapping[str, Entry], alias: Mapping[str, str], config: Any, block: tuple[int, int] | None
+        self, checkpoint: Checkpoint, alias: Mapping[str, str], config: Any, block: tuple[int, int] | None
     ) -> None:
-        self._names, self._alias, self._config, self._block = names, alias, config, block
+        self._checkpoint, self._alias, self._config, self._block = checkpoint, alias, config, block
         self.claimed: set[str] = set()
         self.problems: list[str] = []
 
@@ -371,7 +378,7 @@ class _Claims:
         elif expert is not None:
             name = name.format(e=expert[0])
         name = self._alias.get(name, name)
-        values, scales = self._look_up(name)
+        values, scales = self._checkpoint.look_up(name)
         if values is None:
             self.problems.append(f"{name} is missing (expected {words})")
             return None
@@ -385,13 +392,6 @@ class _Claims:
                 meant = words if stored_shape == whole else f"{words}, stored as {list(stored_shape)}"
                 self.problems.append(f"{entry.name} has shape {list(entry.shape)} where the config says {meant}")
         return piece
-
-    def _look_up(self, name: str) -> tuple[Entry | None, Entry | None]:
-        """The stored values of a tensor, and their scales if it is quantised."""
-        if name in self._names:
-            return self._names[name], self._names.get(name + FP8_SCALES)
-        blocks, scales = (self._names.get(name + end) for end in MXFP4)
-        return (blocks, scales) if scales is not None else (None, None)
 
 
 def _stored_shapes(

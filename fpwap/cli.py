@@ -281,6 +281,8 @@ def _inspect(options: argparse.Namespace) -> int:
         f"{numerics['batching']} by {numerics['microbatch']}, on {manifest['environment']['device']}"
     )
     print(f"dataset    {prompts['prompts']:,} prompts, {prompts['tokens']:,} tokens{limit}")
+    if "certificate" in manifest:
+        print(f"verified   {_certified(manifest['certificate'])}")
     print("written by " + ", ".join(f"{name} {version}" for name, version in manifest["versions"].items()))
     _print_table("outputs", [(*_site(e), _shape(e), *_file(e)) for e in manifest["records"]])
     _print_table("artifacts", [(*_site(e), *_file(e)) for e in manifest["artifacts"]])
@@ -297,6 +299,17 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def _certified(found: Mapping[str, Any]) -> str:
+    """A run's certificate in words."""
+    others = f"; {found['other_experts']} tokens with other experts left out" if found["other_experts"] else ""
+    return (
+        f"{len(found['layers'])} layers and {', '.join(found['parts'])} equal to transformers "
+        f"{found['versions']['transformers']} on prompts {', '.join(map(str, found['prompts']))} ({found['tokens']} "
+        f"tokens, one padded batch); the run's rows at most {found['nearness']} times as far from it as it is from "
+        f"itself on single prompts{others}"
+    )
 
 
 def _site(entry: Mapping[str, Any]) -> tuple[str, str]:

@@ -28,6 +28,7 @@ from .residual import Residual
 from .schedule import Stage
 from .store import Store
 from .taps import Reached, Taps
+from .watch import Watcher
 from .weights import Weights
 
 
@@ -45,6 +46,7 @@ class Parts:
     store: Store
     recorder: Recorder
     progress: Progress
+    watcher: Watcher
 
 
 @torch.no_grad()
@@ -69,6 +71,9 @@ def sweep(parts: Parts) -> None:
         parts.progress.step(stages[-1].label)
         if step.last:
             parts.residual.turn()
+            for stage in stages:
+                with parts.recorder.span("verify", stage.label):
+                    parts.watcher.end(stage, loaded[stage])
             loaded.clear()
             for stage in stages:
                 parts.weights.release(stage)
@@ -118,7 +123,8 @@ def _visit(
 
 def _forward(parts: Parts, stage: Stage, w: Any, x: Tensor, batch: Batch, microbatch: Microbatch) -> Tensor:
     """One stage's maths, between its taps."""
-    family, config, tap = parts.family, parts.config, parts.taps.at(stage, microbatch)
+    family, config = parts.family, parts.config
+    tap = parts.watcher.tap(parts.taps.at(stage, microbatch), stage, microbatch)
     match stage.kind:
         case "embed":
             return tap("embedding", family.embed(w, config, batch))

@@ -29,6 +29,10 @@ class NonFiniteError(FpwapError, ValueError):
     """A real token's activation is infinite or NaN."""
 
 
+class VerificationError(FpwapError):
+    """A run or a block differs from Hugging Face's forward; the message names layer, hook, prompt and size."""
+
+
 class StoreError(FpwapError, OSError):
     """A result folder cannot be written, or what lies in it is not a finished run."""
 

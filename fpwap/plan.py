@@ -37,8 +37,8 @@ class Costs:
     """What the parts say they need: bytes, except ``flops`` (multiply-adds count two).
 
     weights: on disk, per stage. resident: copies of weights in memory (a map of the file costs none). experts: the part
-    of ``weights`` that is a layer's experts. streamed: what weights take with experts read one at a time, maps included.
-    mapped: what the experts of the largest layer take of the page cache, twice, as the next layer is read ahead.
+    of ``weights`` that is a layer's experts. streamed: what weights take, maps included, with experts read one at a
+    time. mapped: what the experts of the largest layer take of the page cache, twice, as the next layer is read ahead.
     row: tensors of one row of a microbatch in a routed layer.
     """
 

@@ -23,6 +23,7 @@ from .callbacks.base import Callback, Declared, Site
 from .checkpoint import INDEX, SINGLE, Checkpoint, Layout, aligned, lay_out, shard_names
 from .context import SweepContext
 from .errors import CallbackError, ModelError, RequestError
+from .formats import Quantisation, quantisation
 from .plan import Costs, Plan, make_plan, tile_heights
 from .prompts import Prompts, TokenTable, arrange
 from .schedule import Schedule, Stage, group_stages
@@ -56,12 +57,16 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A model folder and the family that computes it. raw: ``config.json``; config: what the family made of it."""
+    """A model folder and the family that computes it.
+
+    raw: ``config.json``; config: what the family made of it. quantisation: how weights are stored, None for plainly.
+    """
 
     files: hub.Model
     family: Family
     raw: Mapping[str, Any]
     config: Any
+    quantisation: Quantisation | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +89,8 @@ def open_model(name: str, revision: str | None) -> Model:
     raw = files.config()
     try:
         family = archs.family(raw)
-        return Model(files=files, family=family, raw=raw, config=family.config(raw))
+        plain = {key: value for key, value in raw.items() if key != "quantization_config"}
+        return Model(files=files, family=family, raw=raw, config=family.config(plain), quantisation=quantisation(raw))
     except ArchError as error:
         raise ModelError(f"{name}: {error}") from error
 
@@ -94,7 +100,8 @@ def open_checkpoint(model: Model) -> tuple[Checkpoint, Layout]:
     indexed = (model.files.folder / INDEX).is_file()
     files = hub.fetch(model.files, shard_names(model.files.folder, present=False)[0] if indexed else [SINGLE])
     checkpoint = Checkpoint.open(files.folder)
-    return checkpoint, lay_out(checkpoint, model.family, model.config)
+    block = model.quantisation.block if model.quantisation else None
+    return checkpoint, lay_out(checkpoint, model.family, model.config, block)
 
 
 def prepare(
@@ -138,7 +145,7 @@ def prepare(
         batching=request.batching,
         microbatch_tokens=microbatch_tokens,
         microbatch_size=request.microbatch_size,
-        pad_token_id=_pad_token(model),
+        pad_token_id=pad_token(model),
     )
     context = SweepContext(
         dtype=dtype, device=device, family=family, config=config, prompts=prompts, bound=targets.by_callback(callbacks)
@@ -202,7 +209,7 @@ def _device(asked: str | torch.device) -> torch.device:
         raise RequestError(f"device {asked!r} is not to be had: {str(error).splitlines()[0]}") from error
 
 
-def _pad_token(model: Model) -> int:
+def pad_token(model: Model) -> int:
     pad = model.raw.get("pad_token_id")
     return pad if isinstance(pad, int) and 0 <= pad < model.config.vocab else 0
 

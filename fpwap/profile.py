@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import Any
 
-PHASES = ("plan", "load", "residual", "forward", "callback", "write", "commit", "finish")
+PHASES = ("plan", "load", "residual", "forward", "callback", "write", "commit", "verify", "finish")
 """What a moment of `run()` can be spent on: planning, waiting for weights, fetching and keeping a microbatch's residual
-rows, a stage's maths, callbacks, output files, committing a layer, opening and closing the parts."""
+rows, a stage's maths, callbacks, output files, committing a layer, the comparison with Hugging Face, opening and
+closing the parts."""
 
 
 class Recorder:

@@ -121,6 +121,29 @@ class HFLayers:
                 raise RequestError(f"{name}: layer {index} did not call the module of {place!r}")
         return seen
 
+    def everything(
+        self, index: int, hidden: Tensor, mask: Tensor | None, positions: Tensor | None, ids: Tensor
+    ) -> dict[str, Tensor]:
+        """ "residual_post", and all tensors that the modules of layer ``index`` take and give, by place.
+
+        Places are ``"path in"``, ``"path out"``, and ``"path out 1"`` for item 1 of several.
+        """
+        layer, seen = self._layer(index, index), dict[str, Tensor]()
+
+        def keep(path: str, side: str, values: Any) -> None:
+            items = values if isinstance(values, tuple) else (values,)
+            for item, value in enumerate(items):
+                if isinstance(value, Tensor):
+                    seen.setdefault(f"{path} {side}" + (f" {item}" if item else ""), value.clone())
+
+        with ExitStack() as hooks:
+            for path, module in layer.named_modules():
+                if path:
+                    enter, leave = partial(_entered, keep, path), partial(_left, keep, path)
+                    hooks.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
+                    hooks.enter_context(module.register_forward_hook(leave))
+            return seen | self.layer(index, hidden, mask, positions, ids)
+
     def norm_and_logits(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """From the last layer's output ``[b, s, hidden]``: what enters the head, and the logits ``[b, s, vocab]``."""
         normed: list[Tensor] = []
@@ -265,6 +288,14 @@ def _input(args: tuple[Any, ...], kwargs: dict[str, Any], item: int = 0) -> Tens
 def _output(output: Any, item: int = 0) -> Tensor:
     value: Tensor = output[item] if isinstance(output, tuple) else output
     return value
+
+
+def _entered(keep: Any, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    keep(path, "in", (*args, *kwargs.values())[:1])
+
+
+def _left(keep: Any, path: str, module: nn.Module, args: Any, output: Any) -> None:
+    keep(path, "out", output)
 
 
 def _any_ids(hidden: Tensor) -> Tensor:

@@ -24,15 +24,17 @@ from .errors import RequestError
 from .interrupt import Interruptible
 from .machine import kept_pages
 from .plan import Plan
-from .prepare import COMPUTED, Prepared, Request, prepare
+from .prepare import COMPUTED, Prepared, Request, pad_token, prepare
 from .profile import Recorder
 from .progress import Progress, ProgressEvent
 from .prompts import Prompts, ingest
+from .reference import HFLayers
 from .residual import open_residual
 from .result import Result
 from .store import Store
 from .taps import Blame, Taps
-from .weights import Weights
+from .watch import Unwatched, Watch, choose
+from .weights import Decoded, Weights
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "batching": ("packed", "padded"),
@@ -109,9 +111,9 @@ class Sweep:
             raise RequestError("no callbacks: a sweep computes what callbacks ask for; try RawActivations(layers=[-1])")
         if not (isinstance(progress, bool) or callable(progress)):
             raise RequestError(f"progress must be True, False or a callable, not {progress!r}")
-        if verify:
-            raise RequestError("verify=True is not available in this version; compare with batching='padded' instead")
-        self._dataset, self._progress = dataset, progress
+        if not isinstance(verify, bool):
+            raise RequestError(f"verify must be True or False, not {verify!r}")
+        self._dataset, self._progress, self._verify = dataset, progress, verify
         self._ingested: Prompts | Exception | None = None
         self._out = None if out is None else Path(out)
         self._request = Request(
@@ -151,18 +153,23 @@ class Sweep:
             unknown = identity.opaque(own)
             if unknown is not None:
                 raise RequestError(f"whether {self._out} holds this run cannot be told: {unknown}; give another out=")
-            return Result.open(self._out)
+            result = Result.open(self._out)
+            if self._verify and result.manifest.get("certificate") is None:
+                raise RequestError(f"{self._out} holds this run, made without verify=True; give another out=")
+            return result
         if not ready.plan.feasible:
             raise RequestError("; ".join(ready.plan.blockers))
+        with recorder.span("verify"):
+            watcher = self._watch(ready) if self._verify else Unwatched()
         for callback in self._callbacks:
             with recorder.span("callback"), Blame(callback, "on_sweep_start"):
                 callback.on_sweep_start(ready.context)
         if self._out is not None:
-            self._run_in(self._out, ready, own, recorder)
+            self._run_in(self._out, ready, own, recorder, watcher)
             return Result.open(self._out)
         folder = Path(tempfile.mkdtemp(prefix="fpwap-"))
         try:
-            self._run_in(folder, ready, own, recorder)
+            self._run_in(folder, ready, own, recorder, watcher)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -183,7 +190,33 @@ class Sweep:
             raise self._ingested
         return self._ingested
 
-    def _run_in(self, folder: Path, ready: Prepared, own: dict[str, Any], recorder: Recorder) -> None:
+    def _watch(self, ready: Prepared) -> Watch:
+        """Hugging Face beside the run, on a few prompts."""
+        plan, model = ready.plan, ready.model
+        chosen = choose(ready.prompts.lengths.tolist())
+        bound = zip(self._callbacks, ready.targets.bound, strict=True)
+        stored = model.quantisation
+        decoded = None if stored is None else Decoded(ready.checkpoint, stored.block, plan.dtype)
+        return Watch(
+            HFLayers(ready.checkpoint.folder, plan.dtype, plan.attention, plan.device, decoded),
+            model.family,
+            model.config,
+            plan.attention,
+            {sample: torch.from_numpy(ready.prompts.tokens(sample).astype("int64")) for sample in chosen},
+            pad=pad_token(model),
+            dtype=plan.dtype,
+            device=plan.device,
+            written={site[0] for callback, own in bound for site in own if callback.phase == "write"},
+        )
+
+    def _run_in(
+        self,
+        folder: Path,
+        ready: Prepared,
+        own: dict[str, Any],
+        recorder: Recorder,
+        watcher: Watch | Unwatched,
+    ) -> None:
         """Leaves a finished run of this identity in ``folder``."""
         plan, model = ready.plan, ready.model
         with contextlib.ExitStack() as opened:
@@ -233,6 +266,7 @@ class Sweep:
                     store=store,
                     recorder=recorder,
                     progress=progress,
+                    watcher=watcher,
                 )
             )
             with recorder.span("finish"):
@@ -240,7 +274,7 @@ class Sweep:
                     part.close()
             profile = recorder.finish(prompts=plan.prompts, tokens=plan.tokens, predicted_s=plan.predicted_s)
             store.put_json("profile.json", profile.to_json())
-            store.finish(identity.manifest(own, plan), ready.prompts.ids)
+            store.finish(identity.manifest(own, plan) | watcher.certificate(), ready.prompts.ids)
         for callback in self._callbacks:  # the result is complete, whatever happens here
             with Blame(callback, "on_sweep_end"):
                 callback.on_sweep_end()

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from archs.contract import Resident
 
-from .checkpoint import STORED, Checkpoint, Entry, Layout, Parcel, Piece, Slot, aligned
+from .checkpoint import FP8_SCALES, MXFP4, STORED, Checkpoint, Entry, Layout, Parcel, Piece, Slot, aligned
 from .errors import ModelError
+from .formats import fp8_blocks, mxfp4
 from .schedule import Stage
 
 CHUNK = 1 << 28
@@ -152,7 +153,8 @@ class _Files:
     def open(self, shard: str) -> None:
         path = self._folder / shard
         try:
-            self._open[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            if shard not in self._open:
+                self._open[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise ModelError(f"{path} cannot be opened: {error.strerror}") from error
 
@@ -199,10 +201,10 @@ class _Files:
             return maps.tensor(slot, dtype)
         out = buffer.take(aligned(slot, self._dtype), dtype, slot.shape)
         for piece, part in zip(slot.pieces, out.chunk(len(slot.pieces)), strict=True):
-            _decode(piece, [self._raw(entry, piece) for entry in piece.stored], part)
+            _decode(piece, [self.raw(entry, piece) for entry in piece.stored], part)
         return out.to(self._device)
 
-    def _raw(self, entry: Entry, piece: Piece) -> Tensor:
+    def raw(self, entry: Entry, piece: Piece) -> Tensor:
         """The stored values of one piece."""
         begin, size = entry.row(piece.row, piece.rows)
         raw = torch.empty(size, dtype=torch.uint8)
@@ -216,9 +218,9 @@ def _decode(piece: Piece, stored: Sequence[Tensor], out: Tensor) -> None:
     match piece.format:
         case "fp8":
             assert piece.block is not None
-            fp8_blocks(*stored, piece.block, out)
+            fp8_blocks(stored[0], stored[1], piece.block, out)
         case "mxfp4":
-            mxfp4(*stored, out.t())
+            mxfp4(stored[0], stored[1], out.t())
         case _:
             out.copy_(stored[0])
 
@@ -280,3 +282,46 @@ def _read_exactly(fd: int, start: int, out: memoryview, path: Path) -> None:
         if got == 0:
             raise ModelError(f"{path} ends at byte {start + done}: it was truncated while it was read")
         done += got
+
+
+class Decoded(Mapping[str, Tensor]):
+    """The tensors of a quantised checkpoint by the names that they would have unquantised, decoded when asked for.
+
+    dtype: of what is decoded; tensors that are stored plainly keep their own.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, block: tuple[int, int] | None, dtype: torch.dtype) -> None:
+        self._checkpoint, self._block, self._dtype = checkpoint, block, dtype
+        values, scales = MXFP4
+        companions = [name for name in checkpoint.entries if name.endswith((FP8_SCALES, scales))]
+        self._names = [name.removesuffix(values) for name in checkpoint.entries if name not in companions]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        values, scales = self._checkpoint.look_up(name)
+        if values is None:
+            raise KeyError(name)
+        files = _Files(self._checkpoint.folder, self._dtype, torch.device("cpu"))
+        piece = Piece(values, values.shape, scales, block=self._block)
+        try:
+            for entry in piece.stored:
+                files.open(entry.shard)
+            stored = [files.raw(entry, piece) for entry in piece.stored]
+        finally:
+            files.close()
+        if piece.format == "plain":
+            return stored[0]
+        if piece.format == "fp8":
+            out = torch.empty(values.shape, dtype=self._dtype)
+            _decode(piece, stored, out)
+            return out
+        experts, height, groups, _ = values.shape
+        out = torch.empty(experts, 2 * 16 * groups, height, dtype=self._dtype)
+        for blocks, exponents, own in zip(*stored, out, strict=True):
+            _decode(piece, [blocks, exponents], own)
+        return out

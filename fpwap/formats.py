@@ -1,0 +1,84 @@
+"""Stored weight formats that checkpoints are trained or published in, decoded one piece at a time.
+
+* **fp8 blocks** (DeepSeek-V3 technical report, section 3.3): float8 e4m3 values, one fp32 scale for each block of a
+  matrix; blocks at the right and lower edge may be short.
+* **mxfp4** (OCP Microscaling Formats v1.0): 32 four-bit e2m1 values share an eight-bit exponent.
+
+Both are computed with as published: decoded to the model's dtype, one rounding. Any other ``quantization_config`` is
+refused by name. Knows neither files nor models.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ModelError
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""The sixteen values of four bits."""
+BIAS = 127
+"""Of the shared exponents."""
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """What a ``quantization_config`` says. block: rows and columns that one fp8 scale covers; None for mxfp4."""
+
+    method: str
+    block: tuple[int, int] | None = None
+
+
+KEYS: Mapping[str, frozenset[str]] = {
+    "fp8": frozenset({"activation_scheme", "fmt", "modules_to_not_convert", "weight_block_size", "dequantize"}),
+    "mxfp4": frozenset({"modules_to_not_convert", "dequantize"}),
+}
+
+
+def quantisation(config: Mapping[str, Any]) -> Quantisation | None:
+    """What ``config.json`` says of quantised weights. Raises `ModelError` for all but the two formats."""
+    found = config.get("quantization_config")
+    if not found:
+        return None
+    if not isinstance(found, Mapping):
+        raise ModelError(f"'quantization_config' must be a mapping, not {found!r}")
+    method = str(found.get("quant_method"))
+    if method not in KEYS:
+        known = " and ".join(KEYS)
+        raise ModelError(
+            f"weights quantised with {method!r} are not supported; supported: {known}, decoded as published"
+        )
+    unknown = sorted(set(found) - KEYS[method] - {"quant_method"})
+    if unknown:
+        raise ModelError(f"'quantization_config' of {method} holds {unknown[0]!r}, which is not supported")
+    if method == "mxfp4":
+        return Quantisation(method)
+    if found.get("fmt", "e4m3") != "e4m3":
+        raise ModelError(f"fp8 weights of format {found['fmt']!r} are not supported; supported: e4m3")
+    block = found.get("weight_block_size")
+    sides = block if isinstance(block, list | tuple) else ()
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        raise ModelError(f"fp8 weights need 'weight_block_size', two positive integers, not {block!r}")
+    return Quantisation(method, (sides[0], sides[1]))
+
+
+def fp8_blocks(values: Tensor, scales: Tensor, block: tuple[int, int], out: Tensor) -> None:
+    """``out [r, c] = values [r, c] * scales``, where ``scales [ceil(r / b0), ceil(c / b1)]`` is fp32, rounded once."""
+    rows, columns = values.shape
+    across = scales.float().repeat_interleave(block[1], dim=1)[:, :columns]
+    for strip, first in enumerate(range(0, rows, block[0])):
+        part = slice(first, first + block[0])
+        out[part] = values[part].float() * across[strip]
+
+
+def mxfp4(blocks: Tensor, scales: Tensor, out: Tensor) -> None:
+    """``out [r, groups * 32]`` from uint8 ``blocks [r, groups, 16]``, the low half of a byte first, and uint8
+    ``scales [r, groups]``, the exponents of two plus 127.
+    """
+    table = torch.tensor(E2M1, dtype=torch.float32)
+    halves = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2)
+    values = table[halves.long()]
+    exponents = scales.to(torch.int32)[..., None] - BIAS
+    out.copy_(torch.ldexp(values, exponents).flatten(-2))
