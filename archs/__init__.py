@@ -6,10 +6,44 @@
 from collections.abc import Mapping
 from typing import Any
 
-from . import gpt2, llama, mistral, mixtral
+from . import (
+    bloom,
+    gemma,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neox,
+    gpt_oss,
+    llama,
+    llama4,
+    mistral,
+    mixtral,
+    opt,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 from .contract import ArchError, Family
 
-FAMILIES: tuple[Family, ...] = (gpt2.FAMILY, llama.FAMILY, mistral.FAMILY, mixtral.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    bloom.FAMILY,
+    gemma.FAMILY,
+    gemma2.FAMILY,
+    gemma3.FAMILY,
+    gpt2.FAMILY,
+    gpt_neox.FAMILY,
+    gpt_oss.FAMILY,
+    llama.FAMILY,
+    llama4.FAMILY,
+    mistral.FAMILY,
+    mixtral.FAMILY,
+    opt.FAMILY,
+    qwen2.FAMILY,
+    qwen2_moe.FAMILY,
+    qwen3.FAMILY,
+    qwen3_moe.FAMILY,
+)
 
 
 def family(hf: Mapping[str, Any]) -> Family:
@@ -22,4 +56,9 @@ def family(hf: Mapping[str, Any]) -> Family:
     raise ArchError(f"model_type {model_type!r} is not supported; supported: {known}")
 
 
-__all__ = ["FAMILIES", "ArchError", "Family", "family"]
+def supported() -> tuple[Family, ...]:
+    """The table of families, by name: ``model_types``, ``about`` (what is special), ``since`` (proved against)."""
+    return tuple(sorted(FAMILIES, key=lambda row: row.name.lower()))
+
+
+__all__ = ["FAMILIES", "ArchError", "Family", "family", "supported"]

@@ -1,4 +1,4 @@
-"""The command line: ``fpwap run``, ``plan``, ``inspect``, ``demo``.
+"""The command line: ``fpwap run``, ``plan``, ``inspect``, ``verify``, ``models``, ``demo``.
 
 Options become the arguments of a `fpwap.Sweep`, and what the library raises becomes one line on stderr and an exit
 status: 0 done, 1 the plan is not feasible, 2 an error, 128 + n stopped by signal n. Heavy modules are imported by the
@@ -96,6 +96,23 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="print manifest and profile as JSON")
     inspect.set_defaults(command=_inspect)
 
+    verify = commands.add_parser(
+        "verify", help="compare a model with transformers, layer by layer; exit status 1 if a bit differs"
+    )
+    add = verify.add_argument
+    add("model", metavar="MODEL", help="a hub id or a folder of safetensors")
+    add("--layers", metavar="LIST", type=_layers, default="all", help='which, such as 0,1,-1; default: "all"')
+    add("--prompts", metavar="FILE", type=Path, help="JSONL prompts for the batch; default: four of random tokens")
+    add("--revision", metavar="REV", help="branch, tag or commit of a hub model")
+    add("--dtype", default="auto", help="bfloat16, float16 or float32; default: the checkpoint's own")
+    add("--attn-implementation", metavar="NAME", help="sdpa or eager; default: as Hugging Face")
+    add("--device", default="cpu", help="where both are computed; default: cpu")
+    add("--draft", action="store_true", help="print a draft of a new family's weights section and stop")
+    verify.set_defaults(command=_verify)
+
+    models = commands.add_parser("models", help="list the families of models that are computed")
+    models.set_defaults(command=_models)
+
     demo = commands.add_parser("demo", help="find a direction in a small model that comes along, and steer with it")
     demo.add_argument("--model", metavar="ID", help="another model: a hub id or a folder")
     demo.add_argument("--out", metavar="DIR", help="keep the runs and the picture there")
@@ -145,6 +162,7 @@ def _add_request(parser: argparse.ArgumentParser, *, out_required: bool) -> None
     machine = parser.add_argument_group("machine")
     add = machine.add_argument
     add("--device", default="auto", help="cpu, cuda, ...; default: the accelerator if there is one")
+    add("--verify", action="store_true", help="compare with transformers at every layer while it runs")
     add("--memory", metavar="SIZE", help="RAM that the run may take, such as 8GB; default: what is free")
     add(
         "--residual",
@@ -224,6 +242,7 @@ def _asked(options: argparse.Namespace, *, progress: bool) -> Iterator["Sweep"]:
             residual=options.residual,
             attn_implementation=options.attn_implementation,
             layers_per_visit=options.layers_per_visit,
+            verify=options.verify,
             progress=progress,
         )
 
@@ -289,6 +308,41 @@ def _inspect(options: argparse.Namespace) -> int:
     if options.verify:
         print("\nverified: every file is what the run wrote")
     print(f"\n{profile.summary()}")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from . import hub
+    from .draft import draft
+    from .sweep import as_dtype
+    from .verify import verify
+
+    if options.draft:
+        print(draft(options.model, options.revision))
+        return 0
+    prompts = None
+    if options.prompts is not None:
+        places = lambda: hub.fetch(hub.locate(options.model, options.revision), [text.TOKENIZER]).folder  # noqa: E731
+        with text.open_prompts(options.prompts, places) as rows:
+            prompts = [row["input_ids"] for row in rows]
+    report = verify(
+        options.model,
+        prompts,
+        layers=None if options.layers == "all" else options.layers,
+        dtype=as_dtype(options.dtype),
+        attention=options.attn_implementation,
+        device=options.device,
+        revision=options.revision,
+    )
+    print(report.summary())
+    return 0 if report.passed else 1
+
+
+def _models(options: argparse.Namespace) -> int:
+    import archs
+
+    rows = [(row.name, ", ".join(row.model_types), row.about, row.since) for row in archs.supported()]
+    _print_table("families: name, model_type, what is special, the transformers they were first proved with", rows)
     return 0
 
 

@@ -135,7 +135,7 @@ def prepare(
     checkpoint, layout = open_checkpoint(model)
     if stage_of(targets.last).kind == "head" and Stage("head") not in layout:
         raise RequestError(f"{request.model} has no {family.head} and ties no weights: it has no logits")
-    dtype = request.dtype or _stored_dtype(model, checkpoint)
+    dtype = request.dtype or stored_dtype(model, checkpoint)
     height = sparse_height = None
     if request.batching == "packed":
         height, sparse_height = tile_heights(device, tuple(getattr(config, word) for word in family.activations))
@@ -193,7 +193,7 @@ def prepare(
     )
 
 
-def _stored_dtype(model: Model, checkpoint: Checkpoint) -> torch.dtype:
+def stored_dtype(model: Model, checkpoint: Checkpoint) -> torch.dtype:
     """HF's rule: what the config names, else the first floating tensor's."""
     named = model.raw.get("dtype") or model.raw.get("torch_dtype") or checkpoint.first_floating() or torch.bfloat16
     dtype = getattr(torch, str(named).removeprefix("torch."), None)

@@ -120,7 +120,7 @@ class Sweep:
             model=str(model),
             seq_len=seq_len,
             revision=revision,
-            dtype=_dtype(dtype),
+            dtype=as_dtype(dtype),
             device=device,
             batching=batching,
             microbatch_size=microbatch_size or MICROBATCH_SIZE,
@@ -293,7 +293,7 @@ def _bytes(name: str, asked: int | str | None) -> int | None:
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 
-def _dtype(asked: torch.dtype | str) -> torch.dtype | None:
+def as_dtype(asked: torch.dtype | str) -> torch.dtype | None:
     """A dtype or its name; None for "auto"."""
     names = {str(dtype).removeprefix("torch."): dtype for dtype in COMPUTED}
     if asked == "auto":

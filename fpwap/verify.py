@@ -13,6 +13,12 @@ from torch import Tensor
 from archs.batch import Attention, Batch, Group
 from archs.contract import Family
 
+from .errors import RequestError
+from .prepare import open_checkpoint, open_model, pad_token, stored_dtype
+from .reference import HFLayers
+from .schedule import Stage
+from .weights import Decoded, Weights
+
 SHOWN = 0.1
 """Relative distance below which a module of HF's is taken to show what one of our hooks does."""
 
@@ -44,6 +50,11 @@ class Rectangle:
         real = self.mask.bool()
         group = Group(0, prompts, width, int(real.sum(-1).max()), None if bool(real.all()) else real)
         return Batch(self.ids.flatten(), self.positions.flatten(), (group,), None, attention=attention)
+
+    def reversed(self) -> "Rectangle":
+        """The same with every prompt's positions counted from its end."""
+        ends = self.mask.sum(-1, keepdim=True) - 1
+        return Rectangle(self.ids, self.mask, (ends - self.positions).clamp_min(0))
 
     def alone(self) -> "Iterator[tuple[int, Rectangle]]":
         """Each prompt as a batch of its own, without padding."""
@@ -184,3 +195,140 @@ def compare_layer(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], laye
         if near < SHOWN:
             rows.append(compare(layer, hook, place, own, batch.real(best.reshape(value.shape))))
     return rows
+
+
+# --- a checkpoint ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What `verify` found. yardsticks: layer -> distance of residual_post (relative RMS) under a deliberately wrong
+    rope, None where positions do not enter the layer.
+    """
+
+    model: str
+    family: str
+    numbers: str
+    rows: tuple[Row, ...]
+    yardsticks: Mapping[int, float | None]
+
+    @property
+    def passed(self) -> bool:
+        return all(row.equal for row in self.rows)
+
+    @property
+    def first(self) -> Row | None:
+        """The first difference."""
+        return next((row for row in self.rows if not row.equal), None)
+
+    def summary(self) -> str:
+        """One line a layer and hook, the first difference marked, and a verdict."""
+        head = ("layer", "hook", "Hugging Face's module", "equal", "max abs", "max ulp", "differ")
+        cells = [head]
+        for row in self.rows:
+            layer = "-" if row.layer is None else str(row.layer)
+            sizes = ("", "", "") if row.equal else (f"{row.largest:.3g}", f"{row.ulps:,}", f"{row.share:.2%}")
+            cells.append((layer, row.hook, row.place or "-", "yes" if row.equal else "NO", *sizes))
+        widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+        if self.first is not None:
+            lines[1 + self.rows.index(self.first)] += "  <- first difference"
+        felt = [score for score in self.yardsticks.values() if score is not None]
+        scale = f"{min(felt):.2g} to {max(felt):.2g}" if felt else "nothing: positions do not enter these layers"
+        equal = sum(row.equal for row in self.rows)
+        return "\n".join(
+            [
+                f"{self.model}: {self.family}, {self.numbers}",
+                *(line.rstrip() for line in lines),
+                f"yardstick: positions in reverse put residual_post off by (relative RMS) {scale}",
+                f"{'PASS' if self.passed else 'FAIL'}: {equal} of {len(self.rows)} comparisons are equal in every bit",
+            ]
+        )
+
+
+@torch.no_grad()
+def verify(
+    model: str,
+    prompts: Sequence[Sequence[int]] | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
+    attention: Attention | None = None,
+    device: str = "cpu",
+    revision: str | None = None,
+) -> Report:
+    """Compares a checkpoint with transformers, layer by layer, on one padded batch.
+
+    prompts: token ids; by default four of random tokens. layers: by default all; the input of each is what HF made of
+    the one before, or, where that was left out, of the last that was not. dtype: by default the checkpoint's own.
+
+    Raises `FpwapError`s for models and requests that cannot be compared.
+    """
+    opened = open_model(model, revision)
+    family, config = opened.family, opened.config
+    checkpoint, layout = open_checkpoint(opened)
+    kind = attention or family.attention[0]
+    if kind not in family.attention:
+        raise RequestError(f"attn_implementation {kind!r} is not one of {family.name}'s: {', '.join(family.attention)}")
+    chosen = range(config.layers) if layers is None else sorted({_layer(index, config.layers) for index in layers})
+    dtype = dtype or stored_dtype(opened, checkpoint)
+    batch = Rectangle.of(
+        [torch.tensor(ids) for ids in prompts or _random(config)], pad_token(opened), torch.device(device)
+    )
+    ours = Ours(family=family, config=config, attention=kind, batch=batch)
+    wrong = Ours(family=family, config=config, attention=kind, batch=batch.reversed())
+    decoded = None if opened.quantisation is None else Decoded(checkpoint, opened.quantisation.block, dtype)
+    hf = HFLayers(checkpoint.folder, dtype, kind, device, decoded)
+
+    tail = [stage for stage in (Stage("norm"), Stage("head")) if stage in layout]
+    stages = [Stage("embed"), *(Stage("layer", layer) for layer in chosen), *tail]
+    weights = Weights(
+        checkpoint,
+        layout,
+        stages,
+        resident=1,
+        stream_experts=True,
+        dtype=dtype,
+        device=torch.device(device),
+        moved=lambda size, seconds: None,
+    )
+    rows: list[Row] = []
+    yardsticks: dict[int, float | None] = {}
+    try:
+        for stage in stages:
+            w = weights.acquire(stage)
+            if stage.kind == "embed":
+                stream = hf.embed(batch.ids, batch.mask, batch.positions)
+                rows.append(compare(None, "embedding", None, batch.real(ours.embed(w)), batch.real(stream)))
+            elif stage.kind == "layer":
+                assert stage.layer is not None
+                theirs = hf.everything(stage.layer, stream, batch.mask, batch.positions, batch.ids)
+                rows += compare_layer(ours.block(stream, w, stage.layer), theirs, stage.layer, batch)
+                off = distance(wrong.block(stream, w, stage.layer)["residual_post"], theirs["residual_post"])
+                yardsticks[stage.layer] = off or None
+                stream = theirs["residual_post"]
+            elif stage.kind == "norm":
+                normed = ours.norm(stream, w)
+                expected, logits = hf.norm_and_logits(stream)
+                rows.append(compare(None, "final_norm", None, batch.real(normed), batch.real(expected)))
+            else:
+                rows.append(compare(None, "logits", None, batch.real(ours.unembed(normed, w)), batch.real(logits)))
+            weights.release(stage)
+    finally:
+        weights.close()
+    numbers = f"{str(dtype).removeprefix('torch.')}, {kind}, {batch.mask.sum()} tokens in {len(batch.ids)} prompts"
+    return Report(model=opened.files.name, family=family.name, numbers=numbers, rows=tuple(rows), yardsticks=yardsticks)
+
+
+def _layer(index: int, layers: int) -> int:
+    if not -layers <= index < layers:
+        raise RequestError(f"layer {index} is out of range: the model has layers 0 to {layers - 1}")
+    return index % layers
+
+
+def _random(config: Any) -> list[list[int]]:
+    """Four prompts of random tokens, of different lengths."""
+    generator = torch.Generator().manual_seed(0)
+    longest = min(config.max_positions or 64, 64)
+    lengths = (longest, max(1, longest // 2), max(1, longest // 3), longest)
+    return [torch.randint(config.vocab, (length,), generator=generator).tolist() for length in lengths]

@@ -6,18 +6,20 @@ For a few chosen prompts `Watch` sees to it that everything below is so, and sto
   bit, at every hook that HF's modules show;
 * **near**: the run's own rows are at most `NEARNESS` times as far from that result as HF's are when HF takes each
   prompt alone: packing may cost what padding costs;
-* **continuous**: the rows that enter a layer are those that left the one before, bit for bit;
+* **continuous**: the rows that enter a layer are those that left the one before, bit for bit, of all prompts;
 * **the same prompts**: a stream that HF carries from the tokens on stays nearest to the run's rows, token by token.
 
 Needs transformers. Holds one layer of HF's beside the run's.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from xxhash import xxh3_64_intdigest
 
 from archs.batch import Attention, Group
 from archs.contract import Family, Tap
@@ -34,6 +36,8 @@ CHOSEN, LONGEST = 4, 2048
 """How many prompts a run checks, and the longest that it takes for that."""
 WATCHED = ("residual_pre", "expert_ids", "residual_post")
 """Hooks at which the run's own rows are kept."""
+Seen = dict[str, dict[int, Tensor]]
+"""Of one layer: hook -> sample -> its rows."""
 
 
 class Watcher(Protocol):
@@ -82,22 +86,24 @@ class Watch:
         self._batch = Rectangle.of(list(samples.values()), pad, device)
         self._ours = Ours(family=family, config=config, attention=attention, batch=self._batch)
         self._stream: Tensor | None = None
-        self._seen: dict[str, dict[int, Tensor]] = {hook: {} for hook in WATCHED}
-        self._carried: dict[int, Tensor] = {}
+        self._seen: dict[int, Seen] = defaultdict(lambda: {hook: {} for hook in WATCHED})
+        self._left: dict[int, int] = {}
         self._layers: list[int] = []
         self._parts: list[str] = []
         self._ratio = self._drift = 0.0
         self._flips = 0
 
     def tap(self, inner: Tap, stage: Stage, microbatch: Microbatch) -> Tap:
-        """A tap that also keeps the chosen prompts' rows as they enter and leave a layer."""
+        """A tap that also keeps the chosen prompts' rows as they enter and leave a layer, and all prompts' digests."""
+        if stage.layer is None:
+            return inner
         rows = {
             sample: _rows_of(view, place)
             for view in microbatch.views
             for place, sample in enumerate(view.sample_ids.tolist())
             if sample in self._samples
         }
-        return _Watched(inner, self._seen, rows) if rows and stage.kind == "layer" else inner
+        return _Watched(inner, stage.layer, self._seen[stage.layer], rows, microbatch.views, self._left)
 
     @torch.no_grad()
     def end(self, stage: Stage, weights: Any) -> None:
@@ -144,15 +150,8 @@ class Watch:
             )
 
     def _layer(self, layer: int, weights: Any) -> None:
-        entered, left = (self._seen[hook] for hook in ("residual_pre", "residual_post"))
-        for sample, rows in self._carried.items():
-            if not torch.equal(rows, entered[sample]):
-                apart = float((rows.double() - entered[sample].double()).abs().max())
-                raise VerificationError(
-                    f"layer {layer}, hook 'residual_pre', prompt {sample}: what enters is not what left layer "
-                    f"{layer - 1}, by {apart:.3g} at most"
-                )
-        batch = self._batch
+        seen, batch = self._seen.pop(layer), self._batch
+        entered, left = seen["residual_pre"], seen["residual_post"]
         given = batch.pad([entered[sample] for sample in self._samples])
         ours = self._ours.block(given, weights, layer)
         theirs = self._hf.everything(layer, given, batch.mask, batch.positions, batch.ids)
@@ -160,14 +159,11 @@ class Watch:
             self._equal(row)
         self._layers.append(layer)
         if left and layer not in self._written:
-            self._near(layer, given, ours, theirs["residual_post"])
+            self._near(layer, seen, given, ours, theirs["residual_post"])
         if left and not {None, *range(layer + 1)} & set(self._written):
-            self._same_prompts(layer)
-        self._carried = dict(left)
-        for rows_of in self._seen.values():
-            rows_of.clear()
+            self._same_prompts(layer, left)
 
-    def _near(self, layer: int, given: Tensor, ours: Mapping[str, Tensor], theirs: Tensor) -> None:
+    def _near(self, layer: int, seen: Seen, given: Tensor, ours: Mapping[str, Tensor], theirs: Tensor) -> None:
         """The run's rows against HF on the padded batch, beside HF on each prompt alone.
 
         Tokens for which the run chose other experts than the batch are counted and left out: a router's tie is no
@@ -178,10 +174,10 @@ class Watch:
         for row, one in batch.alone():
             own = given[row : row + 1, : one.ids.shape[1]]
             alone.append(self._hf.layer(layer, own, one.mask, one.positions, one.ids)["residual_post"][0])
-        expected, found = batch.real(theirs), self._run("residual_post")
+        expected, found = batch.real(theirs), self._run(seen["residual_post"])
         same = torch.ones(len(expected), dtype=torch.bool, device=expected.device)
-        if self._seen["expert_ids"]:
-            same = (self._run("expert_ids") == batch.real(ours["expert_ids"])).all(-1)
+        if seen["expert_ids"]:
+            same = (self._run(seen["expert_ids"]) == batch.real(ours["expert_ids"])).all(-1)
             self._flips += int((~same).sum())
         far, near = distance(torch.cat(alone)[same], expected[same]), distance(found[same], expected[same])
         far = max(far, self._eps / 4)
@@ -193,7 +189,7 @@ class Watch:
                 f"{near:.3g} (relative RMS) from Hugging Face's, which is {far:.3g} from itself on each prompt alone"
             )
 
-    def _same_prompts(self, layer: int) -> None:
+    def _same_prompts(self, layer: int, left: Mapping[int, Tensor]) -> None:
         """The run's rows against a stream that HF has carried from the tokens on.
 
         A row is lost if it is half its length away, or far beyond the usual drift and much nearer to another token's.
@@ -201,7 +197,7 @@ class Watch:
         assert self._stream is not None
         batch = self._batch
         self._stream = self._hf.layer(layer, self._stream, batch.mask, batch.positions, batch.ids)["residual_post"]
-        expected, found = batch.real(self._stream).double(), self._run("residual_post").double()
+        expected, found = batch.real(self._stream).double(), self._run(left).double()
         length = expected.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
         apart = torch.cdist(found, expected) / length[:, None]
         own, nearest = apart.diagonal(), apart.min(dim=1).values
@@ -214,9 +210,9 @@ class Watch:
                 "of its length away from the stream that Hugging Face carries from the tokens on"
             )
 
-    def _run(self, hook: str) -> Tensor:
+    def _run(self, rows: Mapping[int, Tensor]) -> Tensor:
         """The chosen prompts' rows as the run had them, ``[tokens, ...]``."""
-        return torch.cat([self._seen[hook][sample] for sample in self._samples])
+        return torch.cat([rows[sample] for sample in self._samples])
 
     def _sample(self, token: int) -> int:
         """Whose token the n-th real token of the batch is."""
@@ -225,32 +221,71 @@ class Watch:
 
 
 class _Watched:
-    """`archs.contract.Tap` that keeps some rows of some hooks: what the block had, or what was written in its place."""
+    """`archs.contract.Tap` that keeps some rows of some hooks: what the block had, or what was written in its place.
 
-    def __init__(self, inner: Tap, seen: Mapping[str, dict[int, Tensor]], rows: Mapping[int, Tensor]) -> None:
-        self._inner, self._seen, self._rows = inner, seen, rows
+    Of every prompt it takes the digest of what leaves a layer into ``left``, and compares what enters the next.
+    """
+
+    def __init__(
+        self,
+        inner: Tap,
+        layer: int,
+        seen: Seen,
+        rows: Mapping[int, Tensor],
+        views: Sequence[View],
+        left: dict[int, int],
+    ) -> None:
+        self._inner, self._layer, self._seen, self._rows = inner, layer, seen, rows
+        self._views, self._left = views, left
 
     def wants(self, hook: str) -> bool:
         return self._inner.wants(hook)
 
     def __call__(self, hook: str, value: Tensor, group: Group | None = None) -> Tensor:
         self._keep(hook, value)  # the last wanted hook does not return
+        if hook == "residual_pre" and self._layer:
+            self._compare(value)
         shown = self._inner(hook, value, group)
         if hook == "residual_post":
             self._keep(hook, shown)
+            self._left.update(_digests(self._views, shown))
         return shown
 
     def _keep(self, hook: str, value: Tensor) -> None:
         if hook in self._seen:
             self._seen[hook].update({sample: value[rows] for sample, rows in self._rows.items()})
 
+    def _compare(self, value: Tensor) -> None:
+        for sample, digest in _digests(self._views, value):
+            if self._left.pop(sample) != digest:
+                raise VerificationError(
+                    f"layer {self._layer}, hook 'residual_pre', prompt {sample}: what enters is not what left layer "
+                    f"{self._layer - 1}: rows were exchanged, stale or damaged between the two"
+                )
+
+
+def _digests(views: Sequence[View], value: Tensor) -> Iterator[tuple[int, int]]:
+    """(sample, digest of its rows) of every prompt."""
+    rows_of = value.cpu()
+    for view in views:
+        for place, sample in enumerate(view.sample_ids.tolist()):
+            own = rows_of[view.rows[place]] if isinstance(view.rows, Tensor) else rows_of[_stretch(view, place)]
+            yield sample, xxh3_64_intdigest(own.contiguous().view(torch.uint8).numpy().data)
+
+
+def _stretch(view: View, place: int) -> slice:
+    """The rows of one prompt of a view whose prompts lie one behind the other."""
+    assert isinstance(view.rows, slice)
+    start = view.rows.start + place * view.length
+    return slice(start, start + view.length)
+
 
 def _rows_of(view: View, place: int) -> Tensor:
     """The rows of one prompt of a view, as indices into the microbatch."""
     if isinstance(view.rows, Tensor):
         return view.rows[place]
-    start = view.rows.start + place * view.length
-    return torch.arange(start, start + view.length)
+    stretch = _stretch(view, place)
+    return torch.arange(stretch.start, stretch.stop)
 
 
 def choose(lengths: Sequence[int]) -> list[int]:
