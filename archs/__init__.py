@@ -8,51 +8,70 @@ from typing import Any
 
 from . import (
     bloom,
+    deepseek_v2,
+    falcon,
     gemma,
     gemma2,
     gemma3,
     gpt2,
     gpt_neox,
     gpt_oss,
+    gptj,
     llama,
     llama4,
     mistral,
     mixtral,
+    olmo2,
+    olmo3,
     opt,
+    phi,
     qwen2,
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    smollm3,
 )
 from .contract import ArchError, Family
+from .wrappers import TEXT, text_config, text_type, wrapped
 
 FAMILIES: tuple[Family, ...] = (
     bloom.FAMILY,
+    deepseek_v2.FAMILY,
+    falcon.FAMILY,
     gemma.FAMILY,
     gemma2.FAMILY,
     gemma3.FAMILY,
     gpt2.FAMILY,
     gpt_neox.FAMILY,
     gpt_oss.FAMILY,
+    gptj.FAMILY,
     llama.FAMILY,
     llama4.FAMILY,
     mistral.FAMILY,
     mixtral.FAMILY,
+    olmo2.FAMILY,
+    olmo3.FAMILY,
     opt.FAMILY,
+    phi.FAMILY,
     qwen2.FAMILY,
     qwen2_moe.FAMILY,
     qwen3.FAMILY,
     qwen3_moe.FAMILY,
+    smollm3.FAMILY,
 )
 
 
 def family(hf: Mapping[str, Any]) -> Family:
-    """The family of a ``config.json``. Raises `ArchError` for a model type that is not in the table."""
-    model_type = hf.get("model_type")
+    """The family of a ``config.json``, of its text model if that is wrapped.
+
+    Raises `ArchError` for a model type that is not in the table.
+    """
+    inner = text_type(hf)
+    model_type = inner or hf.get("model_type")
     for candidate in FAMILIES:
         if model_type in candidate.model_types:
-            return candidate
-    known = ", ".join(sorted(name for candidate in FAMILIES for name in candidate.model_types))
+            return wrapped(candidate) if inner else candidate
+    known = ", ".join(sorted([*TEXT, *(name for candidate in FAMILIES for name in candidate.model_types)]))
     raise ArchError(f"model_type {model_type!r} is not supported; supported: {known}")
 
 
@@ -61,4 +80,4 @@ def supported() -> tuple[Family, ...]:
     return tuple(sorted(FAMILIES, key=lambda row: row.name.lower()))
 
 
-__all__ = ["FAMILIES", "ArchError", "Family", "family", "supported"]
+__all__ = ["FAMILIES", "ArchError", "Family", "family", "supported", "text_config"]

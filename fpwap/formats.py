@@ -21,6 +21,8 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 """The sixteen values of four bits."""
 BIAS = 127
 """Of the shared exponents."""
+SCRATCH = 1 << 20
+"""Values that are decoded at once."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,20 @@ class Quantisation:
     block: tuple[int, int] | None = None
 
 
-KEYS: Mapping[str, frozenset[str]] = {
-    "fp8": frozenset({"activation_scheme", "fmt", "modules_to_not_convert", "weight_block_size", "dequantize"}),
-    "mxfp4": frozenset({"modules_to_not_convert", "dequantize"}),
+ACCEPTED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "fp8": {
+        "activation_scheme": ("dynamic",),
+        "dequantize": (False, True),
+        "expert_dtype": ("fp8", None),
+        "fmt": ("e4m3", None),
+        "modules_to_convert": (None,),
+        "scale_fmt": ("float", "ue8m0", None),
+    },
+    "mxfp4": {"dequantize": (False, True)},
 }
+"""Method -> keys of its config and the values that mean what is computed here; all else is refused."""
+SAID_BY_DTYPES = "modules_to_not_convert"
+"""A key that need not be read: which tensors are quantised is told by how they are stored."""
 
 
 def quantisation(config: Mapping[str, Any]) -> Quantisation | None:
@@ -42,21 +54,22 @@ def quantisation(config: Mapping[str, Any]) -> Quantisation | None:
     found = config.get("quantization_config")
     if not found:
         return None
-    if not isinstance(found, Mapping):
-        raise ModelError(f"'quantization_config' must be a mapping, not {found!r}")
-    method = str(found.get("quant_method"))
-    if method not in KEYS:
-        known = " and ".join(KEYS)
+    if not isinstance(found, Mapping) or "quant_method" not in found:
+        raise ModelError(f"'quantization_config' must be a mapping with 'quant_method', not {found!r}")
+    method, accepted = found["quant_method"], ACCEPTED.get(str(found["quant_method"]))
+    if accepted is None:
+        known = " and ".join(ACCEPTED)
         raise ModelError(
             f"weights quantised with {method!r} are not supported; supported: {known}, decoded as published"
         )
-    unknown = sorted(set(found) - KEYS[method] - {"quant_method"})
-    if unknown:
-        raise ModelError(f"'quantization_config' of {method} holds {unknown[0]!r}, which is not supported")
+    read = {"quant_method", SAID_BY_DTYPES, *(["weight_block_size"] if method == "fp8" else [])}
+    for key in sorted(set(found) - read):
+        if key not in accepted or found[key] not in accepted[key]:
+            raise ModelError(
+                f"'quantization_config' of {method} holds {key!r} = {found[key]!r}, which is not supported"
+            )
     if method == "mxfp4":
         return Quantisation(method)
-    if found.get("fmt", "e4m3") != "e4m3":
-        raise ModelError(f"fp8 weights of format {found['fmt']!r} are not supported; supported: e4m3")
     block = found.get("weight_block_size")
     sides = block if isinstance(block, list | tuple) else ()
     if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
@@ -77,8 +90,10 @@ def mxfp4(blocks: Tensor, scales: Tensor, out: Tensor) -> None:
     """``out [r, groups * 32]`` from uint8 ``blocks [r, groups, 16]``, the low half of a byte first, and uint8
     ``scales [r, groups]``, the exponents of two plus 127.
     """
-    table = torch.tensor(E2M1, dtype=torch.float32)
-    halves = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2)
-    values = table[halves.long()]
-    exponents = scales.to(torch.int32)[..., None] - BIAS
-    out.copy_(torch.ldexp(values, exponents).flatten(-2))
+    table = torch.tensor(E2M1)
+    rows = max(1, SCRATCH // (blocks.shape[1] * 32))
+    for first in range(0, len(blocks), rows):
+        part = slice(first, first + rows)
+        halves = torch.stack((blocks[part] & 15, blocks[part] >> 4), dim=-1).flatten(-2)
+        exponents = scales[part].to(torch.int32)[..., None] - BIAS
+        out[part] = torch.ldexp(table[halves.int()], exponents).flatten(-2)

@@ -59,12 +59,14 @@ class Request:
 class Model:
     """A model folder and the family that computes it.
 
-    raw: ``config.json``; config: what the family made of it. quantisation: how weights are stored, None for plainly.
+    raw: ``config.json``; text: the part of it that is the language model's, all of it unless that is wrapped; config:
+    what the family made of this. quantisation: how weights are stored, None for plainly.
     """
 
     files: hub.Model
     family: Family
     raw: Mapping[str, Any]
+    text: Mapping[str, Any]
     config: Any
     quantisation: Quantisation | None = None
 
@@ -89,10 +91,11 @@ def open_model(name: str, revision: str | None) -> Model:
     raw = files.config()
     try:
         family = archs.family(raw)
-        plain = {key: value for key, value in raw.items() if key != "quantization_config"}
-        return Model(files=files, family=family, raw=raw, config=family.config(plain), quantisation=quantisation(raw))
+        text = archs.text_config(raw)
+        config = family.config({key: value for key, value in text.items() if key != "quantization_config"})
     except ArchError as error:
         raise ModelError(f"{name}: {error}") from error
+    return Model(files=files, family=family, raw=raw, text=text, config=config, quantisation=quantisation(text))
 
 
 def open_checkpoint(model: Model) -> tuple[Checkpoint, Layout]:
@@ -195,7 +198,7 @@ def prepare(
 
 def stored_dtype(model: Model, checkpoint: Checkpoint) -> torch.dtype:
     """HF's rule: what the config names, else the first floating tensor's."""
-    named = model.raw.get("dtype") or model.raw.get("torch_dtype") or checkpoint.first_floating() or torch.bfloat16
+    named = model.text.get("dtype") or model.text.get("torch_dtype") or checkpoint.first_floating() or torch.bfloat16
     dtype = getattr(torch, str(named).removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype) or dtype not in COMPUTED:
         raise ModelError(f"{model.files.name} is made for {named}, which is not computed in: pass dtype='float32'")
@@ -210,13 +213,13 @@ def _device(asked: str | torch.device) -> torch.device:
 
 
 def pad_token(model: Model) -> int:
-    pad = model.raw.get("pad_token_id")
+    pad = model.text.get("pad_token_id")
     return pad if isinstance(pad, int) and 0 <= pad < model.config.vocab else 0
 
 
 def _beyond_training(model: Model, prompts: Prompts) -> list[str]:
     """Prompts longer than the model was made for, where the maths does not forbid them."""
-    trained = model.raw.get("max_position_embeddings")
+    trained = model.text.get("max_position_embeddings")
     longer = int((prompts.lengths > trained).sum()) if isinstance(trained, int) else 0
     return [f"{longer} prompts are longer than max_position_embeddings ({trained})"] if longer else []
 

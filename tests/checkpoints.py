@@ -51,7 +51,7 @@ class Checks:
     stream as they are, which the family's docs then explain.
     fused: regular expression of names of projections that make queries and keys, which are drawn large. draw: values
     for tensors that the general rule does not suit; ``(name, like, values) -> values``, None to leave the rule.
-    positions: whether HF's forward takes ``position_ids``.
+    positions: whether HF's forward takes ``position_ids``. auto: the class that loads it.
     """
 
     config: dict[str, Any]
@@ -65,6 +65,7 @@ class Checks:
     fused: str = r"q_proj|k_proj|qkv_proj|q_b_proj|query_key_value|c_attn"
     draw: Callable[[str, Tensor, Tensor], Tensor | None] = lambda name, like, values: None
     positions: bool = True
+    auto: Any = AutoModelForCausalLM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +123,7 @@ def write(variant: Variant, folder: Path, seed: int = 0) -> Path:
 def build(variant: Variant) -> PreTrainedModel:
     """HF's model with its own random weights."""
     config: Any = AutoConfig.for_model(**variant.values)
-    auto: Any = AutoModelForCausalLM
-    model: PreTrainedModel = auto.from_config(config)
+    model: PreTrainedModel = variant.checks.auto.from_config(config)
     return model
 
 
@@ -174,6 +174,10 @@ def _rewrite_files(folder: Path, variant: Variant, draw: Draw) -> None:
 CHECKS: dict[str, Checks] = {}
 VARIANTS: dict[str, Variant] = {}
 """Every checkpoint that tests know, by name; a family's own names start with the family's."""
+REFUSED: list[tuple[str, dict[str, Any], str]] = []
+"""(checks, changes of its config, what the message must name): configs that no family computes."""
+FAULTS: list[tuple[str, str, str, str]] = []
+"""(file of `archs`, text in it, another text, variant): single faults that the conformance suite must catch."""
 
 
 def _collect() -> None:
@@ -181,6 +185,8 @@ def _collect() -> None:
         found = importlib.import_module(f"variants.{module.name}")
         CHECKS.update(found.CHECKS)
         VARIANTS.update(found.VARIANTS)
+        REFUSED.extend(getattr(found, "REFUSED", []))
+        FAULTS.extend((f"{module.name}.py", *fault) for fault in getattr(found, "FAULTS", []))
     tried = {checks.config["model_type"] for checks in CHECKS.values()}
     for family in archs.FAMILIES:  # a family without a file of its own is under test all the same
         for model_type in set(family.model_types) - tried:

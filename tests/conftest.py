@@ -1,7 +1,7 @@
 """Options of the suite: ``--device`` runs it somewhere else than on the CPU. Tiny checkpoints, made once."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,41 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="torch device that the sweeps of the suite run on")
+
+
+class Conformance:
+    """Says at the end what of the conformance grid was compared with Hugging Face, and what was deselected."""
+
+    def __init__(self) -> None:
+        self.equal, self.deselected, self.seen = 0, 0, (set[str](), set[str](), set[str]())
+
+    @staticmethod
+    def _is_ours(nodeid: str) -> bool:
+        return "test_conformance.py::test_padded_has_the_bits" in nodeid
+
+    def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
+        self.deselected += sum(self._is_ours(item.nodeid) for item in items)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.passed and self._is_ours(report.nodeid):
+            from checkpoints import VARIANTS
+
+            name, dtype, _ = report.nodeid.partition("[")[2].rstrip("]").rsplit("-", 2)
+            self.equal += 1
+            for kind, value in zip(self.seen, (VARIANTS[name].family, name, dtype), strict=True):
+                kind.add(value)
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self.equal:
+            families, variants, dtypes = map(len, self.seen)
+            terminalreporter.write_line(
+                f"conformance: {families} families, {variants} variants, {dtypes} dtypes: {self.equal} runs equal to "
+                f"Hugging Face in every bit, {self.deselected} deselected (make test-full)"
+            )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Conformance())
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,11 @@
 """The conformance suite: every family of the table, every variant of its checkpoints, against Hugging Face.
 
 A family that is added to ``archs.FAMILIES`` is under test by that alone; ``variants/<family>.py`` says how its config
-and files can look. Padded sweeps must have HF's bits at every place that HF can show; packed ones give a prompt the same
-bits alone and in a dataset, and are as near to an fp64 forward as HF is.
+and files can look. Padded sweeps must have HF's bits at every place that HF can show; packed ones give a prompt the
+same bits alone and in a dataset, and are as near to an fp64 forward as HF is.
 
-By default each variant is run in one dtype, in turn; ``-m full`` runs all dtypes of all variants.
+By default each variant is run in one dtype, in turn; ``make test-full`` runs all dtypes of all variants. What was run
+and what was not is said at the end.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import CHECKS, LONGEST, VARIANTS, tensors
+from checkpoints import CHECKS, LONGEST, REFUSED, VARIANTS, tensors
 from harness import DTYPES, Keep, Kept, Reference, Sample, differences, given, keep, only, prompts
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -113,6 +114,20 @@ def test_packed_gives_a_prompt_the_same_bits_alone(
     for sample in (0, 2, 4, 7):
         alone = keep(checkpoint(name), [PACKED[sample]], Keep(hooks), **request)
         assert not differences(only(together, sample), alone)
+
+
+@pytest.mark.parametrize(("family", "changes", "named"), REFUSED)
+def test_what_is_not_computed_is_refused_by_name(family: str, changes: dict[str, Any], named: str) -> None:
+    hf = CHECKS[family].config | changes
+    with pytest.raises(archs.ArchError, match=named):
+        archs.family(hf).config(archs.text_config(hf))
+
+
+@pytest.mark.parametrize("family", CHECKS)
+def test_an_unknown_key_is_refused_by_name(family: str) -> None:
+    hf = archs.text_config(CHECKS[family].config)
+    with pytest.raises(archs.ArchError, match="'surprise' = 1"):
+        archs.family(CHECKS[family].config).config({**hf, "surprise": 1})
 
 
 # --- the distance from the truth ------------------------------------------------------------------------------------
