@@ -200,7 +200,8 @@ class Piece:
         """How the values are stored; None if that is not known here."""
         if self.scales is None:
             return "plain" if self.values.dtype in DTYPES else None
-        return QUANTISED.get(self.values.dtype)
+        found = QUANTISED.get(self.values.dtype)
+        return None if found == "fp8" and self.block is None else found
 
 
 @dataclass(frozen=True, slots=True)
