@@ -21,6 +21,7 @@ from . import (
     llama4,
     mistral,
     mixtral,
+    olmo,
     olmo2,
     olmo3,
     opt,
@@ -30,6 +31,7 @@ from . import (
     qwen3,
     qwen3_moe,
     smollm3,
+    stablelm,
 )
 from .contract import ArchError, Family
 from .wrappers import TEXT, text_config, text_type, wrapped
@@ -49,6 +51,7 @@ FAMILIES: tuple[Family, ...] = (
     llama4.FAMILY,
     mistral.FAMILY,
     mixtral.FAMILY,
+    olmo.FAMILY,
     olmo2.FAMILY,
     olmo3.FAMILY,
     opt.FAMILY,
@@ -58,6 +61,7 @@ FAMILIES: tuple[Family, ...] = (
     qwen3.FAMILY,
     qwen3_moe.FAMILY,
     smollm3.FAMILY,
+    stablelm.FAMILY,
 )
 
 

@@ -117,6 +117,11 @@ def softmax_probabilities(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> T
     return F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
 
 
+def joined_probabilities(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """The same where HF's heads are joined of a rotated and a plain part: bits depend on that layout in memory."""
+    return softmax_probabilities(q.contiguous(), k.contiguous(), mask, scale)
+
+
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """HF's sdpa attention, its choice between ``enable_gqa`` and repeated kv heads included."""
     grouped = k.shape[1] != q.shape[1]
@@ -125,6 +130,11 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> 
         k, v = _repeat(k, q), _repeat(v, q)
     causal = mask is None and q.shape[2] > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, is_causal=causal, enable_gqa=gqa)
+
+
+def joined_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """The same with the layout of `joined_probabilities`."""
+    return sdpa(q.contiguous(), k.contiguous(), v, mask, scale)
 
 
 def attention(
@@ -178,6 +188,34 @@ def attention(
         if patterns:
             tap("attn_pattern", torch.cat(patterns), group)
     return z
+
+
+def alibi_slopes(heads: int, batch: Batch) -> Tensor:
+    """Slopes of linear biases (Press et al., 2022), fp32 ``[heads]``: how much a head prefers what is near.
+
+    Powers of ``2 ** (-8 / n)`` for the largest power of two n <= heads; further heads have odd powers of its root. They
+    are computed on the batch's device, as HF does.
+    """
+
+    def powers(n: int, *exponents: int) -> Tensor:
+        base = torch.full((), 2.0 ** (-8 / n), dtype=torch.float32, device=batch.ids.device)
+        return torch.pow(base, torch.arange(*exponents, dtype=torch.int32, device=batch.ids.device))
+
+    def build() -> Tensor:
+        n = 1 << (heads.bit_length() - 1)
+        return torch.cat((powers(n, 1, 1 + n), powers(2 * n, 1, 1 + 2 * (heads - n), 2)))
+
+    return batch.once(("alibi", heads), build, shared=True)
+
+
+def alibi(slopes: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
+    """``[b | 1, heads, 1, s]``: slopes times the key's position, which counts real tokens from 0 and is 0 at pads.
+
+    The product is in the dtype of the slopes, then rounded to ``dtype``.
+    """
+    real = torch.ones(1, group.length, dtype=torch.int64, device=slopes.device) if group.mask is None else group.mask
+    positions = (real.cumsum(-1) - 1) * real
+    return (slopes[:, None, None] * positions[:, None, None]).to(dtype)
 
 
 def _repeat(x: Tensor, like: Tensor) -> Tensor:

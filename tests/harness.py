@@ -170,7 +170,8 @@ class Reference:
         checks: Checks | None = None,
     ) -> "Reference":
         """checks: where its modules are; by default those of the first family of its model type."""
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+        auto: Any = checks.auto if checks else AutoModelForCausalLM
+        model: Any = auto.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
         model_type = model.config.model_type
         found = (known for known in CHECKS.values() if known.config["model_type"] == model_type)
         return cls(model.to(device), checks or next(found))
