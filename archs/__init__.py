@@ -8,6 +8,7 @@ from typing import Any
 
 from . import (
     bloom,
+    cohere,
     deepseek_v2,
     falcon,
     gemma,
@@ -17,6 +18,8 @@ from . import (
     gpt_neox,
     gpt_oss,
     gptj,
+    granite,
+    granitemoe,
     llama,
     llama4,
     mistral,
@@ -38,6 +41,7 @@ from .wrappers import TEXT, text_config, text_type, wrapped
 
 FAMILIES: tuple[Family, ...] = (
     bloom.FAMILY,
+    cohere.FAMILY,
     deepseek_v2.FAMILY,
     falcon.FAMILY,
     gemma.FAMILY,
@@ -47,6 +51,8 @@ FAMILIES: tuple[Family, ...] = (
     gpt_neox.FAMILY,
     gpt_oss.FAMILY,
     gptj.FAMILY,
+    granite.FAMILY,
+    granitemoe.FAMILY,
     llama.FAMILY,
     llama4.FAMILY,
     mistral.FAMILY,

@@ -244,7 +244,7 @@ LATENT_EPS = 1e-6
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor, c: Latent, batch: Batch, tap: Tap) -> Tensor:
-    """Attention whose queries and keys are contiguous heads, as HF makes them here: on views products have other bits."""
+    """Attention whose queries and keys are contiguous heads, as in HF: on views products have other bits."""
 
     def eager(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
         return softmax_probabilities(q.contiguous(), k.contiguous(), mask, scale)

@@ -1,4 +1,4 @@
-"""OLMo (Groeneveld et al., 2024): a Llama whose norms have no weights, and whose queries, keys and values may be clipped.
+"""OLMo (Groeneveld et al., 2024): a Llama whose norms have no weights; queries, keys and values may be clipped.
 
     residual_pre --+-- norm -- q, k, v -- clip -- rope -- attention -- o --(+)-- residual_mid
                    '--------------------------------------------------------'

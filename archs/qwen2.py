@@ -20,6 +20,7 @@ from torch import Tensor
 from . import llama
 from .batch import Batch
 from .contract import MOST_LAYERS, ArchError, Keys, Tap, source
+from .llama import HARMLESS
 from .ops import ACTIVATIONS, Sees, attention, heads, mlp, rms_norm
 from .rope import Rope, rotary, rotate
 
@@ -75,8 +76,6 @@ def windows(keys: Keys, slides: Callable[[int], bool]) -> tuple[Sees, ...]:
         )
     return tuple(kinds[kind] for kind in found)
 
-
-HARMLESS = llama.HARMLESS
 
 # --- weights --------------------------------------------------------------------------------------------------------
 

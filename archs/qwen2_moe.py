@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import qwen2
+from . import llama, qwen2
 from .batch import Batch
 from .contract import MOST_LAYERS, Experts, Keys, Shape, Tap, experts, layer_hooks, source, sparse_hooks
 from .ops import ACTIVATIONS, attention, heads, rms_norm, routed
@@ -76,7 +76,7 @@ class Config(Sparse):
         return config
 
 
-HARMLESS = qwen2.HARMLESS | {"output_router_logits", "router_aux_loss_coef"}
+HARMLESS = llama.HARMLESS | {"output_router_logits", "router_aux_loss_coef"}
 
 # --- weights --------------------------------------------------------------------------------------------------------
 

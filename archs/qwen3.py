@@ -19,8 +19,9 @@ from torch import Tensor
 from . import llama, qwen2
 from .batch import Batch
 from .contract import Keys, Tap, source
+from .llama import HARMLESS
 from .ops import ACTIVATIONS, attention, heads, mlp, rms_norm
-from .qwen2 import HARMLESS, windows
+from .qwen2 import windows
 from .rope import rotary, rotate
 
 # --- config ---------------------------------------------------------------------------------------------------------

@@ -36,6 +36,8 @@ class Config(Sparse, qwen3.Config):
         for key in ("layer_types", "max_window_layers"):
             if key in keys and keys.flag("use_sliding_window", False):
                 raise ArchError(f"config.json: {key!r} is not supported by this family beside 'use_sliding_window'")
+        for key, value in {"qkv_bias": False, "use_qk_norm": True, "shared_expert_intermediate_size": 0}.items():
+            keys.only(key, value, value)
         config = cls.read(
             keys,
             kv_heads=keys.optional("num_key_value_heads", 4),

@@ -53,6 +53,7 @@ class Request:
     attention: Attention | None
     residual: str
     layers_per_visit: int
+    verify: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +179,7 @@ def prepare(
         sparse_height=sparse_height,
         schedule=schedule,
         residual=request.residual,
-        costs=_costs(layout, callbacks, targets, context, table, schedule(())),
+        costs=_costs(layout, callbacks, targets, context, table, schedule(()), verify=request.verify),
         lengths=[batch.rows.stop - batch.rows.start for batch in table.microbatches],
         memory_free=min(machine.available_memory(), request.memory or sys.maxsize),
         disk_free=machine.free_disk(out or Path(tempfile.gettempdir())),
@@ -269,6 +270,8 @@ def _costs(
     context: SweepContext,
     table: TokenTable,
     schedule: Schedule,
+    *,
+    verify: bool,
 ) -> Costs:
     """What the sweep will read, hold and put out. Raises `RequestError` from callbacks that cannot work so."""
     config, itemsize = context.config, context.dtype.itemsize
@@ -295,11 +298,14 @@ def _costs(
     copied = {stage: layout[stage].copied(*where) for stage in stages}
     apart = {stage: sum(aligned(slot, context.dtype) for slot in layout[stage].fields.values()) for stage in stages}
     routed = [stage for stage in stages if layout[stage].experts]
+    whole = max((layout[stage].elements * itemsize for stage in stages), default=0)
+    reference = whole if verify else 0  # Hugging Face holds one layer beside the run
     return Costs(
         weights={stage: layout[stage].size for stage in stages},
-        resident=2 * max(sum(copied[stage] for stage in group) for group in schedule.groups),
+        resident=reference + 2 * max(sum(copied[stage] for stage in group) for group in schedule.groups),
         experts={stage: layout[stage].size - layout[stage].own_size for stage in routed},
-        streamed=2 * max(sum(apart[stage] for stage in group) for group in schedule.groups)
+        streamed=reference
+        + 2 * max(sum(apart[stage] for stage in group) for group in schedule.groups)
         + 2 * max((layout[stage].largest_expert(context.dtype) for stage in routed), default=0),
         mapped=2 * max((layout[stage].mapped_experts(*where) for stage in routed), default=0),
         row=max((_routed_row(context, stage) for stage in routed), default=0),

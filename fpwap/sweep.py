@@ -58,7 +58,8 @@ class Sweep:
     on the same padded batches, ``microbatch_size`` rows in dataset order). microbatch_tokens: size of a packed
     microbatch. memory: RAM that the run may take, in bytes or as "8GB"; by default what is free. residual: where the
     residual stream lives between layers. attn_implementation: "sdpa", "eager", None:
-    the family's default. layers_per_visit: how many layers are resident together. progress: a bar, nothing, or a
+    the family's default. layers_per_visit: how many layers are resident together. verify: compare with Hugging Face at
+    every layer while it runs, on a few prompts (`fpwap.watch`); needs transformers. progress: a bar, nothing, or a
     callable that gets `ProgressEvent`s.
 
     Raises `RequestError` for arguments that are wrong in themselves; `preflight` and `run` raise the other
@@ -130,6 +131,7 @@ class Sweep:
             residual=residual,
             attention=attn_implementation,
             layers_per_visit=layers_per_visit,
+            verify=verify,
         )
 
     def preflight(self) -> Plan:

@@ -178,22 +178,33 @@ class Ours:
 def compare_layer(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], layer: int, batch: Rectangle) -> list[Row]:
     """What our block shows beside what the modules of HF's layer take and give: a row for each hook that both show.
 
-    Which module shows a hook is told by the values: of all that have as many elements, the nearest. A hook that none
-    comes near has no row; "residual_post" always has one.
+    Which module shows a hook is told by the values: one that is equal in every bit, else the nearest that does not so
+    show another hook. A hook that none comes near has no row; "residual_post" always has one.
     """
+    real = {hook: batch.real(value) for hook, value in ours.items()}
+    places = {
+        hook: {
+            at: batch.real(other.reshape(value.shape))
+            for at, other in theirs.items()
+            if other.numel() == value.numel() and other.is_floating_point() == value.is_floating_point()
+        }
+        for hook, value in ours.items()
+    }
+    places["residual_post"] = {"residual_post": batch.real(theirs["residual_post"])}
+    exact = {
+        hook: [at for at, other in shown.items() if torch.equal(other, real[hook])] for hook, shown in places.items()
+    }
+    taken = {at for found in exact.values() for at in found}
     rows: list[Row] = []
-    for hook, value in ours.items():
-        own = batch.real(value)
-        near, place, best = (0.0, "layer out", theirs["residual_post"])
-        if hook != "residual_post":
-            found = [
-                (distance(batch.real(other.reshape(value.shape)), own), at, other)
-                for at, other in theirs.items()
-                if other.numel() == value.numel() and other.is_floating_point() == value.is_floating_point()
-            ]
-            near, place, best = min(found, key=lambda entry: entry[0], default=(torch.inf, "", value))
-        if near < SHOWN:
-            rows.append(compare(layer, hook, place, own, batch.real(best.reshape(value.shape))))
+    for hook, shown in places.items():
+        free = {at: other for at, other in shown.items() if at not in taken}
+        if exact[hook]:
+            rows.append(compare(layer, hook, exact[hook][0], real[hook], shown[exact[hook][0]]))
+        elif free:
+            apart = {at: distance(other, real[hook]) for at, other in free.items()}
+            nearest = min(free, key=lambda at: apart[at])
+            if hook == "residual_post" or apart[nearest] < SHOWN:
+                rows.append(compare(layer, hook, nearest, real[hook], free[nearest]))
     return rows
 
 

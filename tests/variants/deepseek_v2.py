@@ -1,4 +1,4 @@
-"""DeepSeek-V2: queries with and without a latent, groups of experts, yarn on both sides of the dot product, old files."""
+"""DeepSeek-V2: queries with a latent and without, groups of experts, yarn that also scales scores, old files."""
 
 import dataclasses
 from typing import Any

@@ -75,7 +75,7 @@ VARIANTS = {
 }
 
 FAULTS: list[tuple[str, str, str]] = [
-    ("* torch.tensor(c.hidden**0.5).to(w.tokens.dtype)", "* c.hidden**0.5", "gemma_published"),
+    ("torch.tensor(c.hidden**0.5)", "torch.tensor(c.head_dim**0.5)", "gemma_published"),
     ('"gelu_pytorch_tanh" if named == "gelu" else named', "named", "gemma_published"),
     ('"head_dim": 256', '"head_dim": 128', "gemma_silent"),
     ('"max_position_embeddings": 8192', '"max_position_embeddings": 2048', "gemma_silent"),

@@ -61,7 +61,7 @@ VARIANTS = {
         dtype=torch.bfloat16,
         head="tied",
     ),
-    "olmo_biases": Variant(family="olmo", config={"attention_bias": True, "num_key_value_heads": 1, "clip_qkv": 1}),
+    "olmo_biases": Variant(family="olmo", config={"attention_bias": True, "num_key_value_heads": 1, "clip_qkv": 1.0}),
     "olmo_yarn": Variant(family="olmo", config=YARN, dtype=torch.float16, head="tied", prefix=False),
     "olmo_gelu": Variant(family="olmo", config={"hidden_act": "gelu", "clip_qkv": 0.7}, head="other"),
     "olmo_head_dim": Variant(family="olmo", config={"head_dim": 14, "num_key_value_heads": None}),

@@ -56,7 +56,8 @@ def published(config: dict[str, Any]) -> dict[str, Any]:
     scaling = config.pop("rope_parameters")
     own = {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling, "torch_dtype": config.pop("dtype")}
     own |= {"num_experts": config.pop("num_local_experts"), "max_window_layers": 1, "sliding_window": 9}
-    return config | own
+    coder = {"qkv_bias": False, "use_qk_norm": True, "shared_expert_intermediate_size": 0}
+    return config | own | coder
 
 
 def silent(config: dict[str, Any]) -> dict[str, Any]:
@@ -115,7 +116,7 @@ FAULTS: list[tuple[str, str, str]] = [
     ("windows(keys, lambda layer: True)", "windows(keys, lambda layer: layer > 0)", "qwen3_moe_window"),
     ("linear(z.flatten(1), w.o, w.o_bias)", "linear(z.flatten(1), w.o)", "qwen3_moe_plain"),
     ("w.q_norm, c.eps", "w.k_norm, c.eps", "qwen3_moe"),
-    ("qwen3.block(x, w, c, layer, batch, tap)", "qwen3.block(x, w, c, 0, batch, tap)", "qwen3_moe_dense_layers"),
+    ("scale=c.head_dim**-0.5", "scale=(c.hidden // c.heads) ** -0.5", "qwen3_moe_dense_layers"),
     ("Layer if c.sparse[layer] else", "Layer if not c.sparse[layer] else", "qwen3_moe_dense_layers"),
     ("mixture(rms_norm(x, w.mlp_norm, c.eps)", "mixture(rms_norm(x, w.attn_norm, c.eps)", "qwen3_moe_published"),
 ]

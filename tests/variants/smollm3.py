@@ -46,7 +46,7 @@ def published(config: dict[str, Any]) -> dict[str, Any]:
     """As the hub has it: a list for more layers than there are, a window that is not used, rope in the old words."""
     scaling = config.pop("rope_parameters")
     own = {"rope_theta": scaling["rope_theta"], "rope_scaling": None, "torch_dtype": config.pop("dtype")}
-    del config["tie_word_embeddings"]
+    del config["tie_word_embeddings"], config["layer_types"]
     return config | own | {"no_rope_layers": [1, 0, 0, 1, 0, 1], "max_window_layers": 28, "pretraining_tp": 2}
 
 
@@ -59,8 +59,8 @@ def silent(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def untyped(config: dict[str, Any]) -> dict[str, Any]:
-    """With the layers' kinds left to the rule."""
-    return {key: value for key, value in config.items() if key != "layer_types"}
+    """With the layers' kinds left to the rules."""
+    return {key: value for key, value in config.items() if key not in ("layer_types", "no_rope_layers")}
 
 
 VARIANTS = {
@@ -95,7 +95,7 @@ VARIANTS = {
 }
 
 FAULTS: list[tuple[str, str, str]] = [
-    ("(layer + 1) % interval != 0", "layer % interval != 0", "smollm3"),
+    ("(layer + 1) % interval != 0", "layer % interval != 0", "smollm3_window"),
     ("tuple(map(bool, listed[:layers]))", "tuple(map(bool, listed[-layers:]))", "smollm3_published"),
     ("if c.rotates[layer]:", "if not c.rotates[layer]:", "smollm3_published"),
     ('keys.size("no_rope_layer_interval", 4)', 'keys.size("no_rope_layer_interval", 3)', "smollm3_silent"),
