@@ -10,6 +10,7 @@ from . import (
     bloom,
     cohere,
     deepseek_v2,
+    deepseek_v3,
     falcon,
     gemma,
     gemma2,
@@ -29,12 +30,14 @@ from . import (
     olmo3,
     opt,
     phi,
+    phi3,
     qwen2,
     qwen2_moe,
     qwen3,
     qwen3_moe,
     smollm3,
     stablelm,
+    starcoder2,
 )
 from .contract import ArchError, Family
 from .wrappers import TEXT, text_config, text_type, wrapped
@@ -43,6 +46,7 @@ FAMILIES: tuple[Family, ...] = (
     bloom.FAMILY,
     cohere.FAMILY,
     deepseek_v2.FAMILY,
+    deepseek_v3.FAMILY,
     falcon.FAMILY,
     gemma.FAMILY,
     gemma2.FAMILY,
@@ -62,12 +66,14 @@ FAMILIES: tuple[Family, ...] = (
     olmo3.FAMILY,
     opt.FAMILY,
     phi.FAMILY,
+    phi3.FAMILY,
     qwen2.FAMILY,
     qwen2_moe.FAMILY,
     qwen3.FAMILY,
     qwen3_moe.FAMILY,
     smollm3.FAMILY,
     stablelm.FAMILY,
+    starcoder2.FAMILY,
 )
 
 

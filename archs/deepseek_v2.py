@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from . import llama
 from .batch import Batch
 from .contract import ArchError, Experts, Keys, Shape, Tap, dense_hooks, experts, layer_hooks, source, sparse_hooks
-from .ops import ACTIVATIONS, attention, heads, mlp, rms_norm, routed, sdpa, softmax_probabilities
+from .ops import ACTIVATIONS, attention, heads, joined_probabilities, joined_sdpa, mlp, rms_norm, routed
 from .rope import Rope, rotary_complex, rotate_complex
 
 # --- config ---------------------------------------------------------------------------------------------------------
@@ -218,8 +218,8 @@ def block(x: Tensor, w: Dense | Sparse, c: Config, layer: int, batch: Batch, tap
         tap(name, torch.cat((part[..., : c.content_dim], rotate_complex(part[..., c.content_dim :], turns)), dim=-1))
         for name, part in (("q_rot", q), ("k_rot", k))
     )
-    z = attended(q, k, v, c, batch, tap)
-    x = tap("residual_mid", x + tap("attn_out", batch.linear(z.flatten(1), w.o, w.o_bias)))
+    z = attention(q, k, v, batch, tap, scale=c.scale, eager=joined_probabilities, sdpa=joined_sdpa)
+    x = tap("residual_mid", x + tap("attn_out", batch.linear(tap("z", z).flatten(1), w.o, w.o_bias)))
 
     m = mixture(x, w, c, batch, tap) if isinstance(w, Sparse) else dense(x, w, c, batch, tap)
     return tap("residual_post", x + tap("mlp_out", m))
@@ -241,18 +241,6 @@ def projected(a: Tensor, w: Layer, c: Latent, batch: Batch, tap: Tap) -> tuple[T
 
 
 LATENT_EPS = 1e-6
-
-
-def attended(q: Tensor, k: Tensor, v: Tensor, c: Latent, batch: Batch, tap: Tap) -> Tensor:
-    """Attention whose queries and keys are contiguous heads, as in HF: on views products have other bits."""
-
-    def eager(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
-        return softmax_probabilities(q.contiguous(), k.contiguous(), mask, scale)
-
-    def flat(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        return sdpa(q.contiguous(), k.contiguous(), v, mask, scale)
-
-    return tap("z", attention(q, k, v, batch, tap, scale=c.scale, eager=eager, sdpa=flat))
 
 
 def dense(x: Tensor, w: Dense, c: Latent, batch: Batch, tap: Tap) -> Tensor:

@@ -5,10 +5,10 @@
                    |              '-- shared experts --------------------------------------------------------'    |
                    '----------------------------------------------------------------------------------------------'
 
-Attention is that of V2, but for the rotation: real, in the model's dtype, of neighbouring dimensions that come out as two
-halves. The correction ``e_score_correction_bias`` stays in fp32; it decides who is chosen, by groups whose score is the
-sum of their two best, and not the weights. Multi-token prediction, stored as a layer behind the last one (61), is not
-read. ``mlp_out`` is routed + shared. Does not know the latent cache.
+Attention is that of V2, but for the rotation: real, in the model's dtype, of neighbouring dimensions that come out as
+two halves. The correction ``e_score_correction_bias`` stays in fp32; it decides who is chosen, by groups whose score is
+the sum of their two best, and not the weights. Multi-token prediction, stored as a layer behind the last one (61), is
+not read. ``mlp_out`` is routed + shared. Does not know the latent cache.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ from torch import Tensor
 from . import deepseek_v2
 from .batch import Batch
 from .contract import Keys, Tap, source
-from .deepseek_v2 import Dense, Latent, attended, check_groups, dense, hooks, of_groups, projected, summed
-from .ops import rms_norm
+from .deepseek_v2 import Dense, Latent, check_groups, dense, hooks, of_groups, projected, summed
+from .ops import attention, joined_probabilities, joined_sdpa, rms_norm
 from .rope import rotary, rotate
 
 # --- config ---------------------------------------------------------------------------------------------------------
@@ -80,8 +80,8 @@ def block(x: Tensor, w: Dense | Sparse, c: Config, layer: int, batch: Batch, tap
     x = tap("residual_pre", x)
     q, k, v = projected(rms_norm(x, w.attn_norm, c.eps), w, c, batch, tap)
     q, k = tap("q_rot", rotated(q, c, batch)), tap("k_rot", rotated(k, c, batch))
-    z = attended(q, k, v, c, batch, tap)
-    x = tap("residual_mid", x + tap("attn_out", batch.linear(z.flatten(1), w.o, w.o_bias)))
+    z = attention(q, k, v, batch, tap, scale=c.scale, eager=joined_probabilities, sdpa=joined_sdpa)
+    x = tap("residual_mid", x + tap("attn_out", batch.linear(tap("z", z).flatten(1), w.o, w.o_bias)))
 
     m = mixture(x, w, c, batch, tap) if isinstance(w, Sparse) else dense(x, w, c, batch, tap)
     return tap("residual_post", x + tap("mlp_out", m))

@@ -5,7 +5,8 @@
 
 The router's logits are rounded to the model's dtype and from there on fp32; scores are rounded again. ``mlp_out`` is
 the sum over experts times ``residual_multiplier``. All experts of a layer lie in two tensors, gate above up. Does not
-know shared experts, nor the layers with a recurrent state of Granite 4.
+know shared experts, the layers with a recurrent state of Granite 4, nor GELU, whose bits in transformers depend on how
+many rows all experts get together.
 """
 
 import dataclasses
@@ -38,6 +39,7 @@ class Config(granite.Config):
         keys = Keys(hf)
         config = cls.read(
             keys,
+            act=keys.choice("hidden_act", "silu", ("silu", "swish")),
             mlp_bias=False,
             experts=keys.size("num_local_experts", 8),
             chosen=keys.size("num_experts_per_tok", 2),

@@ -221,8 +221,9 @@ def mixture(x: Tensor, w: Sparse, c: Config, batch: Batch, tap: Tap) -> Tensor:
 
     sums, ids = torch.zeros_like(m, dtype=torch.float32), ids[: batch.tokens]
     for index, weights in w.experts.each(sorted(set(ids.flatten().tolist()))):
-        own = ids.eq(index).any(1).nonzero()[:, 0]
-        for rows in [own] if batch.height is not None else [group.rows for group in batch.groups]:
+        own = ids.eq(index).any(1)
+        whole = (group.rows for group in batch.groups if own[group.rows].any())
+        for rows in whole if batch.height is None else [own.nonzero()[:, 0]]:
             sums[rows] += batch.few(partial(expert, weights), m[rows] * scores[rows, index, None])
     shared = batch.rows(lambda tile: batch.linear(gated(tile, w, c, batch), w.down), m)
     return shared.add_(sums.to(x.dtype))

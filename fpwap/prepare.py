@@ -93,10 +93,11 @@ def open_model(name: str, revision: str | None) -> Model:
     try:
         family = archs.family(raw)
         text = archs.text_config(raw)
+        stored = quantisation(text)
         config = family.config({key: value for key, value in text.items() if key != "quantization_config"})
-    except ArchError as error:
+    except (ArchError, ModelError) as error:
         raise ModelError(f"{name}: {error}") from error
-    return Model(files=files, family=family, raw=raw, text=text, config=config, quantisation=quantisation(text))
+    return Model(files=files, family=family, raw=raw, text=text, config=config, quantisation=stored)
 
 
 def open_checkpoint(model: Model) -> tuple[Checkpoint, Layout]:

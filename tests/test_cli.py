@@ -121,11 +121,16 @@ def test_every_option_reaches_the_sweep(prompts: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(sweep, "Sweep", record)
     words = {"seq_len": 7, "truncation": "left", "revision": "v1", "dtype": "float16", "attn_implementation": "eager"}
     words |= {"batching": "padded", "microbatch_tokens": 5, "microbatch_size": 6, "device": "cuda", "residual": "disk"}
-    words |= {"layers_per_visit": 4, "out": "there"}
+    words |= {"layers_per_visit": 4, "out": "there", "memory": "3GB"}
     options = [part for name, value in words.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    assert main(["plan", "some/model", "--prompts", str(prompts), "--layers", "-1", "--hooks", "q,z", *options]) == 0
+    assert (
+        main(
+            ["plan", "some/model", "--prompts", str(prompts), "--layers", "-1", "--hooks", "q,z", "--verify", *options]
+        )
+        == 0
+    )
     first, second = asked.pop("callbacks")
-    assert asked == {"model": "some/model", "progress": False, **words}
+    assert asked == {"model": "some/model", "progress": False, "verify": True, **words}
     assert (first.target_layers, first.target_hooks, first.positions) == ([-1], ("q",), "last")
     assert (second.target_layers, second.target_hooks, second.positions) == ([-1], ("z",), "last")
 
@@ -134,7 +139,7 @@ def test_choices_and_defaults_are_those_of_the_sweep(prompts: Path) -> None:
     parser = cli._parser()
     options = parser.parse_args(["plan", "m", "--prompts", str(prompts)])
     for name, parameter in inspect.signature(fpwap.Sweep).parameters.items():
-        if name not in ("model", "dataset", "callbacks", "progress", "verify"):
+        if name not in ("model", "dataset", "callbacks", "progress"):
             assert getattr(options, name) == parameter.default, name
     for name, values in sweep.CHOICES.items():
         for value in values:

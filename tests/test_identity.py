@@ -169,7 +169,7 @@ def test_names_of_outputs_are_checked_before_any_work(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"progress": "no"}, {"verify": True}, {"dtype": "float64"}, {"device": "cuda:9"}]
+    "arguments", [{"progress": "no"}, {"verify": "yes"}, {"memory": "much"}, {"dtype": "float64"}, {"device": "cuda:9"}]
 )
 def test_arguments_that_cannot_be_are_refused(model: Path, arguments: dict[str, Any]) -> None:
     with pytest.raises(FpwapError, match=next(iter(arguments))):

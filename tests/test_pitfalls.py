@@ -403,7 +403,7 @@ def test_typos_were_found_after_the_full_run(
     def unreadable(*arguments: Any) -> None:
         raise AssertionError("a tensor was read")
 
-    monkeypatch.setattr(Weights, "_read", unreadable)
+    monkeypatch.setattr(Weights, "_stage", unreadable)
     sweep = Sweep(folder, untouchable(), callbacks=[RawActivations(), RawActivations(**typo)], device=device)
     for ask in (sweep.preflight, sweep.run):
         with pytest.raises(RequestError, match=r"layer 99 is out of range|no hook 'residual_pst'"):

@@ -105,8 +105,8 @@ FAULTS: list[tuple[str, str, str]] = [
     ('"layer_norm_eps", 1e-5', '"layer_norm_eps", 1e-6', "cohere_silent"),
     ('    "tie_word_embeddings": True,\n', "", "cohere_published"),
     ("norm(k, w.k_norm, c.eps)", "norm(k, w.k_norm, 1e-5)", "cohere_plus"),
-    ("part.float(), cos, sin", "part, cos, sin", "cohere_plus"),
-    ("rotary(c.rope, batch, x.dtype)", "rotary(c.rope, batch, torch.float32)", "cohere_plus"),
+    ("part.float(), cos, sin", "part.float(), cos, -cos", "cohere_plus"),
+    ("centred.pow(2)", "exact.pow(2)", "cohere"),
     ("linear(z.flatten(1), w.o, w.o_bias)", "linear(z.flatten(1), w.o)", "cohere_plus_biases"),
     ("exact - exact.mean(-1, keepdim=True)", "exact", "cohere_head_dim"),
 ]

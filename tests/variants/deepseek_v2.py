@@ -116,3 +116,30 @@ VARIANTS = {
         legacy=silent,
     ),
 }
+
+FAULTS: list[tuple[str, str, str]] = [
+    ("LATENT_EPS = 1e-6", "LATENT_EPS = 1e-3", "deepseek_v2"),
+    ("float(width**-0.5 * grown * grown)", "float(width**-0.5 * grown)", "deepseek_v2_lite"),
+    ('"mscale_all_dim", 0.0', '"mscale", 0.0', "deepseek_v2_groups"),
+    ("scores * c.score_factor, w", "scores, w", "deepseek_v2_groups"),
+    ("0.0).topk(c.chosen, dim=-1, sorted=False)", "0.0).topk(c.chosen, dim=-1)", "deepseek_v2_groups"),
+    ("(groups own) -> rows groups own", "(own groups) -> rows groups own", "deepseek_v2_groups"),
+    (".amax(-1)", ".sum(-1)", "deepseek_v2_one_group"),
+    ("lambda c, layer: Dense if layer <", "lambda c, layer: Dense if layer <=", "deepseek_v2_one_group"),
+    ("else sparse_hooks", "else dense_hooks(c.mlp_width) or sparse_hooks", "deepseek_v2"),
+    ("[c.content_dim, c.value_dim], dim=-1)", "[c.value_dim, c.content_dim], dim=-1)", "deepseek_v2_lite_bias"),
+    ('keys.optional("q_lora_rank", 1536)', 'keys.get("q_lora_rank")', "deepseek_v2_silent"),
+    (" + batch.rows(lambda tile: out(hidden(tile)), m)", "", "deepseek_v2"),
+    ("linear(a, w.kv_a, w.kv_a_bias)", "linear(a, w.kv_a)", "deepseek_v2_lite_bias"),
+    ("linear(m, w.down, w.down_bias)", "linear(m, w.down)", "deepseek_v2_biases"),
+    ('keys.number("routed_scaling_factor", 1.0)', 'keys.number("routed_scaling_factor", 16.0)', "deepseek_v2_silent"),
+]
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob"),
+    ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method"),
+    ("deepseek_v2", {"scoring_func": "sigmoid"}, "scoring_func"),
+    ("deepseek_v2", {"moe_layer_freq": 2}, "moe_layer_freq"),
+    ("deepseek_v2", {"num_key_value_heads": 2}, "num_key_value_heads"),
+    ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}, "n_group"),
+]

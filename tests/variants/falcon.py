@@ -89,9 +89,9 @@ VARIANTS = {
     "falcon_rw": Variant(
         family="falcon_rw", config=ALIBI, head="tied", attention=("sdpa",), legacy=published, dtype=torch.bfloat16
     ),
-    "falcon_rw_eight_heads": Variant(
+    "falcon_rw_twelve_heads": Variant(
         family="falcon_rw",
-        config=ALIBI | {"num_attention_heads": 8, "hidden_size": 48, "bias": False},
+        config=ALIBI | {"num_attention_heads": 12, "hidden_size": 72, "bias": False},
         head="tied",
         attention=("sdpa",),
     ),
@@ -123,8 +123,8 @@ FAULTS: list[tuple[str, str, str]] = [
     ('"num_ln_in_parallel_attn", 2 if grouped else 1', '"num_ln_in_parallel_attn", 1', "falcon_40b"),
     ("x + (feed(m, w, c, batch, tap) + a)", "(x + a) + feed(m, w, c, batch, tap)", "falcon_11b"),
     ("x = batch.linear(x, weight)", "return batch.linear(x, weight, bias)", "falcon_biases"),
-    ("alibi_slopes(c.heads, batch).bfloat16()", "alibi_slopes(c.heads, batch)", "falcon_rw"),
-    ("(added / math.sqrt(q.shape[-1]))", "added", "falcon_rw_eight_heads"),
+    ("alibi_slopes(c.heads, batch).bfloat16()", "alibi_slopes(c.heads, batch)", "falcon_rw_twelve_heads"),
+    ("(added / math.sqrt(q.shape[-1]))", "added", "falcon_rw_twelve_heads"),
     ("attn_mask=mask)", "attn_mask=mask, enable_gqa=True)", "falcon_silent"),
     ('keys.number("layer_norm_epsilon", 1e-5)', 'keys.number("layer_norm_epsilon", 1e-6)', "falcon_silent"),
     ("F.softmax(scores + mask, dim=-1, dtype=q.dtype)", "F.softmax(scores * mask.exp(), dim=-1)", "falcon_sequential"),

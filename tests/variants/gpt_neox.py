@@ -103,7 +103,6 @@ FAULTS: list[tuple[str, str, str]] = [
     ('"layer_norm_eps", 1e-5', '"layer_norm_eps", 1e-6', "gpt_neox_silent"),
     ("layer_norm(m, w.mlp_norm, w.mlp_norm_bias", "layer_norm(m, w.attn_norm, w.attn_norm_bias", "gpt_neox_sequential"),
     ("w.o, w.o_bias)", "w.o)", "gpt_neox"),
-    ("c.head_dim**-0.5, eager=joined_probabilities, sdpa=joined_sdpa)", "c.head_dim**-0.5)", "gpt_neox_yarn"),
     ("{**ACTIVATIONS, ", '{"gelu_fast": ACTIVATIONS["gelu_pytorch_tanh"]} or {', "gpt_neox_published"),
     ('"use_parallel_residual", True', '"use_parallel_residual", False', "gpt_neox_silent"),
     ('tap("k_rot", rotate(k, cos, sin))', 'tap("k_rot", rotate(k, cos, -sin))', "gpt_neox_yarn"),

@@ -86,7 +86,7 @@ FAULTS: list[tuple[str, str, str]] = [
     ('keys.optional("rotary_dim", 64)', 'keys.optional("rotary_dim", 32)', "gptj_silent"),
     ("theta=10000.0", "theta=1000.0", "gptj"),
     ("/ divisor + mask", "* divisor + mask", "gptj_whole_heads"),
-    ("q.float(), k.float().transpose(2, 3)", "q, k.transpose(2, 3)", "gptj_published"),
+    ("rotate_pairs(k, cos, sin)", "rotate_pairs(k, cos, -sin)", "gptj_published"),
     ("(w.q, w.k, w.v)", "(w.k, w.q, w.v)", "gptj_other_head"),
     ("linear(m, w.down, w.down_bias)", "linear(m, w.down)", "gptj_whole_heads"),
 ]

@@ -74,7 +74,7 @@ VARIANTS = {
     ),
     "granitemoe_one": Variant(
         family="granitemoe",
-        config={"num_experts_per_tok": 1, "attention_bias": True, "hidden_act": "gelu"}
+        config={"num_experts_per_tok": 1, "attention_bias": True, "hidden_act": "swish"}
         | rope("yarn", factor=4.0, original_max_position_embeddings=LONGEST - 4),
         head="other",
         prefix=False,
@@ -97,4 +97,5 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("granitemoe", {"shared_intermediate_size": 64}, "shared_intermediate_size"),
     ("granitemoe", {"num_local_experts": 0}, "num_local_experts"),
     ("granitemoe", {"mlp_bias": True}, "mlp_bias"),
+    ("granitemoe", {"hidden_act": "gelu"}, "hidden_act"),
 ]

@@ -91,7 +91,6 @@ FAULTS: list[tuple[str, str, str]] = [
     ('"layer_norm_eps", 1e-5', '"layer_norm_eps", 1e-6', "phi_silent"),
     ('"hidden_act", "gelu_new"', '"hidden_act", "gelu_pytorch_tanh"', "phi_silent"),
     ("w.q_norm_bias, c.eps", "w.q_norm_bias, 1e-5", "phi_qk_norm"),
-    (", sdpa=joined_sdpa)", ")", "phi"),
     ("layer_norm(k, w.k_norm, w.k_norm_bias", "layer_norm(k, w.q_norm, w.k_norm_bias", "phi_qk_norm_grouped"),
     ("linear(n, w.k, w.k_bias)", "linear(n, w.k)", "phi_published"),
     ("mlp(n, batch", "mlp(x, batch", "phi_other_head"),

@@ -103,7 +103,6 @@ FAULTS: list[tuple[str, str, str]] = [
     ("if c.sequential:", "if c.parallel:", "stablelm_parallel"),
     ("x = x + attend(n,", "x = x + attend(x,", "stablelm"),
     ("linear(n, w.v, w.v_bias)", "linear(n, w.v)", "stablelm_published"),
-    (", sdpa=joined_sdpa)", ")", "stablelm"),
 ]
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
