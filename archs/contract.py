@@ -340,7 +340,8 @@ class Family:
     layer_prefix: a layer's, with ``{i}``.
     embedding, head: the names of the two tensors that may be tied. ignored: patterns (re.fullmatch) below the prefix of
         tensors that may lie in a checkpoint and are not read.
-    attention: the implementations HF has for the family, its default first.
+    attention: the implementations HF has for the family, its default first; or how a config decides that.
+    final_width: of what the final norm makes and the head takes.
     activations: config words whose values are the widths of the tensors that activation functions see.
     about: what is special, for the table of families. since: the transformers version that it was first proved with.
     """
@@ -363,7 +364,12 @@ class Family:
     head: str
     ignored: tuple[str, ...] = ()
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
-    attention: tuple[Attention, ...] = ("sdpa", "eager")
+    attention: tuple[Attention, ...] | Callable[[Any], tuple[Attention, ...]] = ("sdpa", "eager")
+    final_width: Callable[[Any], int] = lambda c: c.hidden
     activations: tuple[str, ...] = ("mlp_width",)
     about: str = ""
     since: str = "5.23.0"
+
+    def implementations(self, config: Any) -> tuple[Attention, ...]:
+        """Of attention, as HF has them for this config, the default first."""
+        return self.attention(config) if callable(self.attention) else self.attention

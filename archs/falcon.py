@@ -183,8 +183,6 @@ class Head:
 
 def embed(w: Embedding, c: Config, batch: Batch) -> Tensor:
     """Token ids -> ``[rows, hidden]``."""
-    if c.alibi and batch.attention == "eager":
-        raise ArchError("Falcon with alibi has attn_implementation 'sdpa' only: transformers' eager adds biases twice")
     return F.embedding(batch.ids, w.tokens)
 
 
@@ -308,5 +306,6 @@ FAMILY = Family(
     layer_prefix="h.{i}.",
     embedding="word_embeddings.weight",
     head="lm_head.weight",
+    attention=lambda c: ("sdpa",) if c.alibi else ("sdpa", "eager"),
     about="parallel branches, one or few heads of keys; the rw models with alibi, one branch after the other",
 )

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from . import gemma, llama
 from .batch import Batch
-from .contract import Keys, Tap, source
+from .contract import MOST_LAYERS, Keys, Tap, source
 from .llama import Head
 from .ops import ACTIVATIONS, Sees, attention, heads, mlp, rms_norm_gemma
 from .rope import rotary, rotate
@@ -60,7 +60,7 @@ class Config(llama.Config):
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> Self:
         keys = Keys({**DEFAULTS, **hf})
-        window, layers = keys.size("sliding_window"), keys.size("num_hidden_layers")
+        window, layers = keys.size("sliding_window"), keys.size("num_hidden_layers", most=MOST_LAYERS)
         keys.only("sliding_window_size", window, window)
         kinds = keys.layer_types(layers, KINDS, lambda layer: KINDS[layer % 2])
         config = cls.read(

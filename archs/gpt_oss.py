@@ -8,7 +8,9 @@
 A sink is a learned logit of each head that takes part in the softmax and has no value: a row of ``attn_pattern`` sums
 to less than 1. An expert is ``(clamp(up) + 1) * g * sigmoid(alpha g)`` with ``g = clamp(gate)``; its matrices are
 stored ``[in, out]``, gate and up in alternate columns. ``mlp_out`` is the sum over experts. A config without rope means
-yarn, 32 times 4,096 tokens. Does not know how the experts of the published files are packed (mxfp4).
+yarn, 32 times 4,096 tokens. HF takes the sigmoid of all experts' rows as one tensor: in fp32 its bits need an
+``intermediate_size`` that is a multiple of 64, as all published models have it. Does not know how the experts of the
+published files are packed (mxfp4).
 """
 
 import dataclasses

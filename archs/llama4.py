@@ -163,8 +163,9 @@ def block(x: Tensor, w: Dense | Sparse, c: Config, layer: int, batch: Batch, tap
     q = tap("q", heads(linear(a, w.q, w.q_bias), c.head_dim))
     k = tap("k", heads(linear(a, w.k, w.k_bias), c.head_dim))
     v = tap("v", heads(linear(a, w.v, w.v_bias), c.head_dim))
-    q, k = rotated(q, k, c, batch) if c.ropes[layer] else (tempered(q, c, batch), k)
+    q, k = rotated(q, k, c, batch) if c.ropes[layer] else (q, k)
     q, k = tap("q_rot", q), tap("k_rot", k)
+    q, k = levelled(q, k, c) if c.ropes[layer] else (tempered(q, c, batch), k)
     z = attention(q, k, v, batch, tap, scale=c.head_dim**-0.5, sees=c.sees[layer], eager=probabilities)
     z = tap("z", z)
     x = tap("residual_mid", x + tap("attn_out", linear(z.flatten(1), w.o, w.o_bias)))
@@ -174,9 +175,12 @@ def block(x: Tensor, w: Dense | Sparse, c: Config, layer: int, batch: Batch, tap
 
 
 def rotated(q: Tensor, k: Tensor, c: Config, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Queries and keys with rope, then without their lengths if the config wants that: an RMSNorm without weight."""
     turns = rotary_complex(c.rope, batch)
-    q, k = rotate_complex(q, turns), rotate_complex(k, turns)
+    return rotate_complex(q, turns), rotate_complex(k, turns)
+
+
+def levelled(q: Tensor, k: Tensor, c: Config) -> tuple[Tensor, Tensor]:
+    """Queries and keys behind rope without their lengths, if the config wants that: an RMSNorm without weight."""
     if not c.normed:
         return q, k
     q, k = (F.rms_norm(x.float(), (c.head_dim,), eps=c.eps).to(x.dtype) for x in (q, k))

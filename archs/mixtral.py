@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from . import llama
 from .batch import Batch
 from .contract import Experts, Keys, Shape, Tap, experts, layer_hooks, source, sparse_hooks
-from .ops import ACTIVATIONS, Sees, attention, heads, rms_norm, routed
+from .ops import ACTIVATIONS, EXPERT_ACTIVATIONS, Sees, attention, heads, rms_norm, routed
 from .rope import rotary, rotate
 
 # --- config ---------------------------------------------------------------------------------------------------------
@@ -40,6 +40,7 @@ class Config(llama.Config):
             kv_heads=keys.optional("num_key_value_heads", 8),
             attention_bias=False,
             mlp_bias=False,
+            act=keys.choice("hidden_act", "silu", EXPERT_ACTIVATIONS),
             sees=Sees(window=keys.optional("sliding_window")),
             experts=keys.size("num_local_experts", 8),
             chosen=keys.size("num_experts_per_tok", 2),

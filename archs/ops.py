@@ -65,6 +65,9 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "swish": F.silu,
 }
 """``hidden_act`` of a config -> what transformers' ``ACT2FN`` computes under that name."""
+EXPERT_ACTIVATIONS = frozenset(ACTIVATIONS) - {"gelu"}
+"""Those that experts may have: of ``F.gelu`` one row alone has other bits than beside the rows of other experts, which
+is how transformers computes it. No published model uses it there."""
 
 # --- the MLP ---------------------------------------------------------------------------------------------------------
 

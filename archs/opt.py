@@ -223,6 +223,7 @@ def hooks(c: Config, layer: int) -> dict[str, Shape]:
 # --- table ----------------------------------------------------------------------------------------------------------
 
 FAMILY = Family(
+    final_width=lambda c: c.word_width,
     name="OPT",
     model_types=("opt",),
     config=Config.from_hf,

@@ -206,10 +206,15 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One field of a weights class: its pieces, stacked along the first dimension. dtype: None for the model's."""
+    """One field of a weights class: its pieces, stacked along the first dimension. dtype: None for the model's.
+
+    gathered: Hugging Face copies it into a stack of all experts, where each begins at a multiple of 16 bytes: products
+    with a single row have other bits in fp32 where that is not so.
+    """
 
     pieces: tuple[Piece, ...]
     dtype: torch.dtype | None = None
+    gathered: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -233,7 +238,7 @@ class Slot:
             (piece.values.shard, piece.values.row(piece.row, piece.rows)) == (shard, (begin + turn * size, size))
             for turn, piece in enumerate(self.pieces)
         )
-        return plain and joined and device.type == "cpu" and begin % dtype.itemsize == 0
+        return plain and joined and device.type == "cpu" and begin % (16 if self.gathered else dtype.itemsize) == 0
 
 
 Fields = Mapping[str, Slot]
@@ -365,7 +370,8 @@ class _Claims:
         for field, source in stored(weights, self._config).items():
             pieces = [self._piece(below + name, source, expert) for name in source.names]
             if None not in pieces:
-                fields[field] = Slot(tuple(piece for piece in pieces if piece is not None), source.dtype)
+                gathered = expert is not None and "{e}" in source.names[0]
+                fields[field] = Slot(tuple(piece for piece in pieces if piece is not None), source.dtype, gathered)
         return fields
 
     def _piece(self, name: str, source: Source, expert: tuple[int, int] | None) -> Piece | None:

@@ -47,7 +47,11 @@ class SweepContext:
 
     def widths(self, hook: str) -> tuple[int, ...]:
         """Shape behind ``[b, s]`` at a hook (behind ``[b]`` at "attn_pattern", whose last two are lengths)."""
-        model_level = {"embedding": (self.hidden,), "final_norm": (self.hidden,), "logits": (self.vocab,)}
+        model_level = {
+            "embedding": (self.hidden,),
+            "final_norm": (self.family.final_width(self.config),),
+            "logits": (self.vocab,),
+        }
         if hook in model_level:
             return model_level[hook]
         by_layer = (self.family.hooks(self.config, layer) for layer in range(self.layers))

@@ -121,9 +121,10 @@ def prepare(
     model = open_model(request.model, request.revision)
     family, config = model.family, model.config
     targets = bind(callbacks, family, config)
-    attention = request.attention or family.attention[0]
-    if attention not in family.attention:
-        have = " and ".join(family.attention)
+    implementations = family.implementations(config)
+    attention = request.attention or implementations[0]
+    if attention not in implementations:
+        have = " and ".join(implementations)
         raise RequestError(f"attn_implementation {attention!r} is not one of {family.name}'s: it has {have}")
     device = _device(request.device)
     prompts = ingest(

@@ -58,7 +58,10 @@ class HFLayers:
         with _transformers() as hf, torch.device("meta"):
             config = hf.AutoConfig.from_pretrained(folder)
             text = config.get_text_config(decoder=True)
-            text.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)  # the wrapper decides
+            if config.model_type != "llama4":  # there the text model decides
+                text.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)
+            if config.model_type == "gemma3":  # the head of the wrapper has no cap, whatever its config says
+                text.final_logit_softcapping = None
             for each in (config, text):
                 if getattr(each, "quantization_config", None) is not None:
                     if tensors is None:

@@ -278,9 +278,10 @@ def verify(
     opened = open_model(model, revision)
     family, config = opened.family, opened.config
     checkpoint, layout = open_checkpoint(opened)
-    kind = attention or family.attention[0]
-    if kind not in family.attention:
-        raise RequestError(f"attn_implementation {kind!r} is not one of {family.name}'s: {', '.join(family.attention)}")
+    implementations = family.implementations(config)
+    kind = attention or implementations[0]
+    if kind not in implementations:
+        raise RequestError(f"attn_implementation {kind!r} is not one of {family.name}'s: {', '.join(implementations)}")
     chosen = range(config.layers) if layers is None else sorted({_layer(index, config.layers) for index in layers})
     dtype = dtype or stored_dtype(opened, checkpoint)
     batch = Rectangle.of(

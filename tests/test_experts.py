@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def budget(plan: Plan, folder: Path) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batching", ONE_BY_ONE)
 def test_streamed_experts_have_the_bits_of_resident_ones(batching: str, dtype: torch.dtype, wide: Path) -> None:
-    request = {"dtype": dtype, "device": "cpu", **ONE_BY_ONE[batching]}
+    request: dict[str, Any] = {"dtype": dtype, "device": "cpu", **ONE_BY_ONE[batching]}
     resident = keep(wide, DATASET, Keep(HOOKS), **request)
     plan = Sweep(wide, DATASET, callbacks=[Keep(HOOKS)], **request).preflight()
     memory = budget(plan, wide)
@@ -58,7 +59,7 @@ def test_streamed_experts_have_the_bits_of_resident_ones(batching: str, dtype: t
 def test_each_expert_is_read_once_per_chunk(wide: Path) -> None:
     """Three chunks of several microbatches: every byte of experts is moved three times at most, all else once."""
     parcels = layout(wide)
-    request = {"dtype": torch.float32, "device": "cpu", "microbatch_tokens": 240}
+    request: dict[str, Any] = {"dtype": torch.float32, "device": "cpu", "microbatch_tokens": 240}
     everywhere = RawActivations(layers="all")
     memory = budget(Sweep(wide, DATASET, callbacks=[everywhere], **request).preflight(), wide)
     plan = Sweep(wide, DATASET, callbacks=[everywhere], memory=memory, **request).preflight()
@@ -117,6 +118,7 @@ LARGE = {"hidden_size": 1024, "intermediate_size": 1408, "num_local_experts": 16
 CAPPED = """
 import re, sys
 from pathlib import Path
+from typing import Any
 from fpwap import Sweep
 from fpwap.callbacks.common import RawActivations
 

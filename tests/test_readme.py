@@ -12,6 +12,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import archs
+
 README = Path(__file__).parent.parent / "README.md"
 MODEL = "meta-llama/Llama-3.1-70B"
 PROMISED = """
@@ -98,3 +100,10 @@ def test_every_python_block_of_the_readme(folder: Path) -> None:
     samples = list(dataset())
     cache = names["ActivationCache"].build(str(folder), [s["input_ids"] for s in samples], None, [40])
     assert torch.equal(cache.acts[40], names["result"].activations(layer=40))
+
+
+def test_the_table_of_families_is_that_of_the_code() -> None:
+    rows = {line.split("|")[1].strip(): line for line in README.read_text().splitlines() if line.startswith("| ")}
+    for family in archs.supported():
+        assert family.about in rows[family.name]
+        assert all(f"`{name}`" in rows[family.name] for name in family.model_types)

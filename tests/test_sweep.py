@@ -231,7 +231,10 @@ DAMAGED: Mapping[str, tuple[Callable[[Path], object], str]] = {
     "quantised": (lambda f: edit_config(f, quantization_config={"bits": 4}), "quantization_config"),
     "missing key": (lambda f: edit_config(f, hidden_size=None), "lacks 'hidden_size'"),
     "mis-typed key": (lambda f: edit_config(f, hidden_size="60"), "'hidden_size' must be a positive integer"),
-    "rope": (lambda f: edit_config(f, rope_parameters={"rope_type": "longrope"}), "rope type 'longrope' needs 'short_factor'"),
+    "rope": (
+        lambda f: edit_config(f, rope_parameters={"rope_type": "longrope"}),
+        "rope type 'longrope' needs 'short_factor'",
+    ),
     "activation": (lambda f: edit_config(f, hidden_act="mish"), "hidden_act 'mish' is not supported"),
     "dtype": (lambda f: edit_config(f, dtype="float8"), "is made for float8"),
     "config is no object": (lambda f: (f / "config.json").write_text("[]"), "is not a JSON object"),

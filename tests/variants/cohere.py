@@ -74,7 +74,7 @@ VARIANTS = {
     ),
     "cohere_silent": Variant(
         family="cohere",
-        config={"hidden_size": 128, "num_attention_heads": 64, "num_key_value_heads": 64, "num_hidden_layers": 1}
+        config={"hidden_size": 256, "num_attention_heads": 64, "num_key_value_heads": 64, "num_hidden_layers": 1}
         | {
             "layer_norm_eps": 1e-5,
             "logit_scale": 0.0625,

@@ -84,3 +84,16 @@ VARIANTS = {
     "gpt2_gelu_tanh": Variant(family="gpt2", config={"activation_function": "gelu_pytorch_tanh"}, head="tied"),
     "gpt2_relu": Variant(family="gpt2", config={"activation_function": "relu"}, head="tied"),
 }
+
+FAULTS = [
+    ("q, k, v = (heads(part", "q, v, k = (heads(part", "gpt2"),
+    ('keys.number("layer_norm_epsilon", 1e-5)', "1e-5", "gpt2_untied"),
+    ("scale / float(layer + 1)", "scale / float(layer + 2)", "gpt2_by_layer"),
+    ("F.embedding(batch.positions, w.positions)", "F.embedding(batch.positions + 1, w.positions)", "gpt2_relu"),
+    (
+        "return F.softmax(torch.matmul(q, k.transpose(2, 3)) * scale + mask, dim=-1)",
+        "return F.softmax(torch.matmul(q, k.transpose(2, 3)) * scale + mask, dim=-1, dtype=torch.float32).to(q.dtype)",
+        "gpt2_n_inner",
+    ),
+    ('keys.size("n_inner", 4 * hidden)', "4 * hidden", "gpt2_n_inner"),
+]

@@ -88,3 +88,12 @@ VARIANTS = {
     "llama_gelu_tanh": Variant(config=GQA | {"hidden_act": "gelu_pytorch_tanh"}),
     "llama_swish": Variant(config=GQA | {"hidden_act": "swish"}),
 }
+
+FAULTS = [
+    ('keys.number("rms_norm_eps", 1e-6)', "1e-5", "llama"),
+    ("mul_(linear(m, w.up, w.up_bias))", "mul_(linear(m, w.up))", "llama_mlp_bias"),
+    ("rms_norm(m, w.mlp_norm, c.eps)", "rms_norm(m, w.attn_norm, c.eps)", "llama_gqa"),
+    ("scale=c.head_dim**-0.5", "scale=c.hidden**-0.5", "llama_head_dim"),
+    ("linear(z.flatten(1), w.o, w.o_bias)", "linear(z.flatten(1), w.o)", "llama_attention_bias"),
+    ('keys.size("num_key_value_heads", n_heads)', 'keys.size("num_key_value_heads", 2)', "llama_legacy"),
+]

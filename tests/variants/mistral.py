@@ -54,3 +54,16 @@ VARIANTS = {
         family="mistral", config={"num_attention_heads": 8, "hidden_size": 64, "num_key_value_heads": 8}, legacy=bare
     ),
 }
+
+REFUSED = [
+    ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types"),
+    ("mistral", {"sliding_window": 0}, "sliding_window"),
+]
+FAULTS = [
+    ('keys.optional("sliding_window", 4096)', 'keys.size("sliding_window", 4096) + 1', "mistral"),
+    ('keys.optional("sliding_window", 4096)', "None", "mistral_window_of_one"),
+    ('keys.optional("num_key_value_heads", 8)', 'keys.size("num_key_value_heads", 4)', "mistral_defaults"),
+    ("scale=c.head_dim**-0.5", "scale=(c.hidden // c.heads) ** -0.5", "mistral_head_dim"),
+    ("rms_norm(m, w.mlp_norm, c.eps)", "rms_norm(m, w.attn_norm, c.eps)", "mistral_no_window"),
+    ("rotate(q, cos, sin)), tap", "q), tap", "mistral"),
+]

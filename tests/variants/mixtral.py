@@ -34,3 +34,15 @@ VARIANTS = {
     "mixtral_one_of_many": Variant(family="mixtral", config={"num_local_experts": 16, "num_experts_per_tok": 1}),
     "mixtral_window": Variant(family="mixtral", config={"sliding_window": 7, "num_experts_per_tok": 4}),
 }
+
+REFUSED = [
+    ("mixtral", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    ("mixtral", {"num_experts_per_tok": 0}, "num_experts_per_tok"),
+]
+FAULTS = [
+    ("scores = scores / scores.sum(-1, keepdim=True)", "scores = scores / 1", "mixtral"),
+    ("gate, up = F.linear", "up, gate = F.linear", "mixtral"),
+    ('keys.optional("sliding_window")', "None", "mixtral_window"),
+    ("F.softmax(logits, dim=-1, dtype=torch.float32)", "F.softmax(logits, dim=-1)", "mixtral"),
+    ("m = rms_norm(x, w.mlp_norm, c.eps)", "m = rms_norm(x, w.attn_norm, c.eps)", "mixtral_one_of_many"),
+]

@@ -45,6 +45,8 @@ def published(kind: str) -> Any:
         share = scaling.pop("partial_rotary_factor", 1.0)
         own |= {} if share == 1.0 else {"partial_rotary_factor": share, "full_attn_mod": 1, "lm_head_bias": False}
         factors = {"type": kind, "short_factor": scaling["short_factor"], "long_factor": scaling["long_factor"]}
+        if kind == "su":  # else transformers cannot load it; the one at the top level counts
+            factors["original_max_position_embeddings"] = 64
         return config | own | {"rope_scaling": factors}
 
     return legacy
@@ -98,7 +100,7 @@ FAULTS: list[tuple[str, str, str]] = [
     ("w.mlp_norm, c.eps", "w.attn_norm, c.eps", "phi3"),
     ("gate, up = linear", "up, gate = linear", "phi3_su"),
     (", sees=c.sees", "", "phi3_yarn"),
-    ("partial=1.0", "partial=0.5", "phi3"),
+    ("partial=1.0", "partial=0.5", "phi3_su"),
     ("rotate(k, cos, sin)", "rotate(k, sin, cos)", "phi3_partial"),
     ("rms_norm(x, w.attn_norm, c.eps)", "rms_norm(x, w.attn_norm, 1e-6)", "phi3"),
 ]
