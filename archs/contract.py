@@ -339,7 +339,7 @@ class Family:
     prefixes: pairs of what all names but the head's may start with, and what then the head's starts with.
     layer_prefix: a layer's, with ``{i}``.
     embedding, head: the names of the two tensors that may be tied. ignored: patterns (re.fullmatch) below the prefix of
-        tensors that may lie in a checkpoint and are not read.
+        tensors that may lie in a checkpoint and are not read; ``{layers}`` is the number of layers.
     attention: the implementations HF has for the family, its default first; or how a config decides that.
     final_width: of what the final norm makes and the head takes.
     activations: config words whose values are the widths of the tensors that activation functions see.

@@ -333,7 +333,8 @@ def lay_out(checkpoint: Checkpoint, family: Family, config: Any, block: tuple[in
     claims = _Claims(checkpoint, alias, config, block)
     parcels = {stage: claims.parcel(weights, below) for stage, (below, weights) in tables.items()}
     below = "|".join(re.escape(body) for body, _ in family.prefixes)
-    ignored = re.compile(rf"(?:{below})?(?:{'|'.join(family.ignored) or '(?!)'})")
+    patterns = "|".join(pattern.replace("{layers}", str(config.layers)) for pattern in family.ignored) or "(?!)"
+    ignored = re.compile(rf"(?:{below})?(?:{patterns})")
     unclaimed = sorted(n for n in set(names) - claims.claimed if not ignored.fullmatch(n))
     problems = list(dict.fromkeys(claims.problems))
     if not problems and unclaimed:

@@ -12,7 +12,7 @@ import json
 import math
 import pkgutil
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -60,7 +60,7 @@ class Checks:
     head: str = "lm_head.weight"
     layers: str = "model.layers"
     norm: str | None = "model.norm"
-    points: Mapping[str, str] = field(default_factory=lambda: {"attn_out": "self_attn out", "mlp_out": "mlp out"})
+    points: dict[str, str] = field(default_factory=lambda: {"attn_out": "self_attn out", "mlp_out": "mlp out"})
     sums: str | None = "mid + m"
     fused: str = r"q_proj|k_proj|qkv_proj|q_b_proj|query_key_value|c_attn"
     draw: Callable[[str, Tensor, Tensor], Tensor | None] = lambda name, like, values: None

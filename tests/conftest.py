@@ -32,9 +32,11 @@ class Conformance:
         if report.when == "call" and report.passed and self._is_ours(report.nodeid):
             from checkpoints import VARIANTS
 
+            import archs
+
             name, dtype, _ = report.nodeid.partition("[")[2].rstrip("]").rsplit("-", 2)
             self.equal += 1
-            for kind, value in zip(self.seen, (VARIANTS[name].family, name, dtype), strict=True):
+            for kind, value in zip(self.seen, (archs.family(VARIANTS[name].values).name, name, dtype), strict=True):
                 kind.add(value)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:

@@ -21,7 +21,10 @@ from fpwap.schedule import Stage
 DATASET = prompts([LONGEST] * 90 + [13] * 20 + [5] * 20, seed=8)
 WIDE = Variant(family="mixtral", config={"num_local_experts": 64, "intermediate_size": 256, "num_experts_per_tok": 3})
 HOOKS = ("router_logits", "expert_ids", "mlp_out", "residual_post", "logits")
-ONE_BY_ONE = {"packed": {"microbatch_tokens": 240}, "padded": {"batching": "padded", "microbatch_size": 10}}
+ONE_BY_ONE: dict[str, dict[str, Any]] = {
+    "packed": {"microbatch_tokens": 240},
+    "padded": {"batching": "padded", "microbatch_size": 10},
+}
 
 
 @pytest.fixture(scope="module")

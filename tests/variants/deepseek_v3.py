@@ -66,14 +66,14 @@ YARN = {"factor": 4.0, "original_max_position_embeddings": LONGEST - 4, "beta_fa
 
 
 def prediction(config: dict[str, Any], draw: Draw) -> Tensors:
-    """Some of the layer for multi-token prediction, as files hold it behind 61 layers."""
-    hidden = config["hidden_size"]
+    """Some of the layer for multi-token prediction, as files hold it behind the last one."""
+    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
     return {
-        "model.layers.61.eh_proj.weight": draw(hidden, 2 * hidden),
-        "model.layers.61.enorm.weight": draw(hidden),
-        "model.layers.61.self_attn.kv_a_layernorm.weight": draw(config["kv_lora_rank"]),
-        "model.layers.61.mlp.gate.e_score_correction_bias": draw(config["n_routed_experts"]),
-        "model.layers.61.mlp.experts.0.down_proj.weight": draw(hidden, config["moe_intermediate_size"]),
+        f"model.layers.{layers}.eh_proj.weight": draw(hidden, 2 * hidden),
+        f"model.layers.{layers}.enorm.weight": draw(hidden),
+        f"model.layers.{layers}.self_attn.kv_a_layernorm.weight": draw(config["kv_lora_rank"]),
+        f"model.layers.{layers}.mlp.gate.e_score_correction_bias": draw(config["n_routed_experts"]),
+        f"model.layers.{layers}.mlp.experts.0.down_proj.weight": draw(hidden, config["moe_intermediate_size"]),
     }
 
 
@@ -145,7 +145,7 @@ FAULTS: list[tuple[str, str, str]] = [
     ('"norm_topk_prob", True', '"norm_topk_prob", False', "deepseek_v3_silent"),
     ('"first_k_dense_replace", 3', '"first_k_dense_replace", 0', "deepseek_v3_silent"),
     ('keys.size("topk_group", 4)', 'keys.size("topk_group", 3)', "deepseek_v3_silent"),
-    ('ignored=(r"layers\\.61\\..*",)', "ignored=()", "deepseek_v3_published"),
+    ('ignored=(r"layers\\.{layers}\\..*",)', "ignored=()", "deepseek_v3_published"),
 ]
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
