@@ -41,7 +41,8 @@ from . import (
     starcoder2,
 )
 from .contract import ArchError, Family
-from .wrappers import TEXT, text_config, text_type, wrapped
+from .wrappers import TEXT as WRAPPERS
+from .wrappers import text_config, text_type, wrapped
 
 FAMILIES: tuple[Family, ...] = (
     bloom.FAMILY,
@@ -89,7 +90,7 @@ def family(hf: Mapping[str, Any]) -> Family:
     for candidate in FAMILIES:
         if model_type in candidate.model_types:
             return wrapped(candidate) if inner else candidate
-    known = ", ".join(sorted([*TEXT, *(name for candidate in FAMILIES for name in candidate.model_types)]))
+    known = ", ".join(sorted([*WRAPPERS, *(name for candidate in FAMILIES for name in candidate.model_types)]))
     raise ArchError(f"model_type {model_type!r} is not supported; supported: {known}")
 
 
@@ -98,4 +99,4 @@ def supported() -> tuple[Family, ...]:
     return tuple(sorted(FAMILIES, key=lambda row: row.name.lower()))
 
 
-__all__ = ["FAMILIES", "ArchError", "Family", "family", "supported", "text_config"]
+__all__ = ["FAMILIES", "WRAPPERS", "ArchError", "Family", "family", "supported", "text_config"]

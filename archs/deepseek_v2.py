@@ -30,7 +30,17 @@ from torch.nn import functional as F
 from . import llama
 from .batch import Batch
 from .contract import ArchError, Experts, Keys, Shape, Tap, dense_hooks, experts, layer_hooks, source, sparse_hooks
-from .ops import ACTIVATIONS, attention, heads, joined_probabilities, joined_sdpa, mlp, rms_norm, routed
+from .ops import (
+    ACTIVATIONS,
+    EXPERT_ACTIVATIONS,
+    attention,
+    heads,
+    joined_probabilities,
+    joined_sdpa,
+    mlp,
+    rms_norm,
+    routed,
+)
 from .rope import Rope, rotary_complex, rotate_complex
 
 # --- config ---------------------------------------------------------------------------------------------------------
@@ -72,6 +82,7 @@ class Latent(llama.Config):
             "rope_dim": rope_dim,
             "value_dim": keys.size("v_head_dim", 128),
         }
+        words["act"] = keys.choice("hidden_act", "silu", EXPERT_ACTIVATIONS)
         return super().read(keys, **words | own | {"max_positions": None})
 
     @property

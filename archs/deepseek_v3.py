@@ -7,8 +7,8 @@
 
 Attention is that of V2, but for the rotation: real, in the model's dtype, of neighbouring dimensions that come out as
 two halves. The correction ``e_score_correction_bias`` stays in fp32; it decides who is chosen, by groups whose score is
-the sum of their two best, and not the weights. Multi-token prediction, stored as a layer behind the last one (the 62nd of V3), is
-not read. ``mlp_out`` is routed + shared. Does not know the latent cache.
+the sum of their two best, and not the weights. Multi-token prediction, stored as a layer behind the last one, is not
+read. ``mlp_out`` is routed + shared. Does not know the latent cache.
 """
 
 import dataclasses

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from . import llama, qwen2
 from .batch import Batch
 from .contract import MOST_LAYERS, Experts, Keys, Shape, Tap, experts, layer_hooks, source, sparse_hooks
-from .ops import ACTIVATIONS, attention, heads, rms_norm, routed
+from .ops import ACTIVATIONS, EXPERT_ACTIVATIONS, attention, heads, rms_norm, routed
 from .qwen2 import windows
 from .rope import rotary, rotate
 
@@ -47,6 +47,7 @@ class Sparse(qwen2.Config):
             keys,
             sparse=tuple(layer not in dense and (layer + 1) % step == 0 for layer in layers),
             renormalised=keys.flag("norm_topk_prob", False),
+            act=keys.choice("hidden_act", "silu", EXPERT_ACTIVATIONS),
             **own,
         )
 

@@ -37,7 +37,7 @@ VISION = r"(model\.)?(vision_tower|vision_model|multi_modal_projector)\..+"
 def text_type(hf: Mapping[str, Any]) -> str | None:
     """The model type of the text model in a wrapper's ``config.json``; None for any other."""
     outer = hf.get("model_type")
-    if outer not in TEXT:
+    if not isinstance(outer, str) or outer not in TEXT:
         return None
     text = hf.get("text_config")
     if not isinstance(text, Mapping):

@@ -343,6 +343,7 @@ def _models(options: argparse.Namespace) -> int:
 
     rows = [(row.name, ", ".join(row.model_types), row.about, row.since) for row in archs.supported()]
     _print_table("families: name, model_type, what is special, the transformers they were first proved with", rows)
+    print(f"\nand the language models within {', '.join(sorted(archs.WRAPPERS))} checkpoints")
     return 0
 
 

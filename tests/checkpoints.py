@@ -177,7 +177,8 @@ VARIANTS: dict[str, Variant] = {}
 REFUSED: list[tuple[str, dict[str, Any], str]] = []
 """(checks, changes of its config, what the message must name): configs that no family computes."""
 FAULTS: list[tuple[str, str, str, str]] = []
-"""(file of `archs`, text in it, another text, variant): single faults that the conformance suite must catch."""
+"""(file of `archs`, text in it, another text, variant): single faults that the conformance suite must catch, in one
+dtype at least."""
 
 
 def _collect() -> None:

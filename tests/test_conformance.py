@@ -16,6 +16,9 @@ import pytest
 import torch
 from checkpoints import CHECKS, LONGEST, REFUSED, VARIANTS, tensors
 from harness import DTYPES, Keep, Kept, Reference, Sample, differences, given, keep, only, prompts
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -145,6 +148,31 @@ def test_an_unknown_key_is_refused_by_name(family: str) -> None:
     hf = archs.text_config(CHECKS[family].config)
     with pytest.raises(archs.ArchError, match="'surprise' = 1"):
         archs.family(CHECKS[family].config).config({**hf, "surprise": 1})
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 70)
+    | st.floats()
+    | st.sampled_from(["", "yarn", "silu", "full_attention"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["type", "factor", "x"]), inner),
+    max_leaves=4,
+)
+KEYS = sorted({key for variant in VARIANTS.values() for key in variant.values} | {"rope_scaling", "layer_types", "x"})
+
+
+@settings(deadline=None, max_examples=400)
+@drawn(st.sampled_from(sorted(VARIANTS)), st.dictionaries(st.sampled_from(KEYS), JSON, max_size=3))
+def test_any_config_is_understood_or_refused(name: str, changes: dict[str, Any]) -> None:
+    hf = VARIANTS[name].values | changes
+    try:
+        family = archs.family(hf)
+        config = family.config(archs.text_config(hf))
+    except archs.ArchError:
+        return
+    assert "x" not in changes
+    assert config.layers > 0 and all(family.hooks(config, layer) for layer in range(config.layers))
 
 
 # --- the distance from the truth ------------------------------------------------------------------------------------
