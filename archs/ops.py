@@ -301,9 +301,10 @@ def routed(
     parts = [group.rows for group in batch.groups] if batch.height is None else [slice(0, batch.tokens)]
     terms = torch.zeros(*ids.shape, x.shape[-1], dtype=torch.promote_types(x.dtype, scores.dtype), device=x.device)
     chosen = [torch.sort(ids[part].flatten()) for part in parts]
+    ends = [values.bincount(minlength=len(experts)).cumsum(0).tolist() for values, _ in chosen]
     for index, weights in experts.each(sorted(set(ids[: batch.tokens].flatten().tolist()))):
-        for part, (values, places) in zip(parts, chosen, strict=True):
-            place = places[values == index]
+        for part, (_, places), end in zip(parts, chosen, ends, strict=True):
+            place = places[end[index - 1] if index else 0 : end[index]]
             row, choice = part.start + place // k, place % k
             if len(row):
                 made = batch.few(partial(expert, weights), x[row])

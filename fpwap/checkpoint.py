@@ -22,6 +22,7 @@ from xxhash import xxh3_128
 from archs.contract import ExpertSource, Family, Source, routed, stored
 
 from .errors import ModelError
+from .formats import Quantisation
 from .schedule import Stage
 
 DTYPES: dict[str, torch.dtype] = {
@@ -175,8 +176,8 @@ def _read_header(folder: Path, shard: str) -> list[Entry]:
 class Piece:
     """Part of a field: a stored tensor, or one row of a stored stack of them.
 
-    values: how it is stored. scales: of a quantised one. shape: once decoded. row, rows: its place in the stack. block:
-    what one scale covers, where scales do not say so themselves.
+    values: how it is stored. scales: of a quantised one. shape: once decoded. row, rows: its place in the stack.
+    quantised: what the config says of that.
     """
 
     values: Entry
@@ -184,7 +185,7 @@ class Piece:
     scales: Entry | None = None
     row: int = 0
     rows: int = 1
-    block: tuple[int, int] | None = None
+    quantised: Quantisation | None = None
 
     @property
     def stored(self) -> list[Entry]:
@@ -201,7 +202,7 @@ class Piece:
         if self.scales is None:
             return "plain" if self.values.dtype in DTYPES else None
         found = QUANTISED.get(self.values.dtype)
-        return None if found == "fp8" and self.block is None else found
+        return found if self.quantised is not None and self.quantised.method == found else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,11 +305,11 @@ class Layout:
         return self.parcels[stage]
 
 
-def lay_out(checkpoint: Checkpoint, family: Family, config: Any, block: tuple[int, int] | None = None) -> Layout:
+def lay_out(checkpoint: Checkpoint, family: Family, config: Any, quantised: Quantisation | None = None) -> Layout:
     """Claims every tensor of the checkpoint for a stage, or knows it as ignorable.
 
     A model without a head (a base-model checkpoint) has no "head" stage. Raises one `ModelError` with all that is
-    missing, unclaimed or of another shape. block: of fp8 weights, the part of a matrix that one scale covers.
+    missing, unclaimed or of another shape. quantised: what the config says of stored formats.
     """
     names = checkpoint.entries
     marks = [family.embedding, family.layer_prefix.format(i=0)]
@@ -330,7 +331,7 @@ def lay_out(checkpoint: Checkpoint, family: Family, config: Any, block: tuple[in
     elif head not in names:
         del tables[Stage("head")]
 
-    claims = _Claims(checkpoint, alias, config, block)
+    claims = _Claims(checkpoint, alias, config, quantised)
     parcels = {stage: claims.parcel(weights, below) for stage, (below, weights) in tables.items()}
     below = "|".join(re.escape(body) for body, _ in family.prefixes)
     patterns = "|".join(pattern.replace("{layers}", str(config.layers)) for pattern in family.ignored) or "(?!)"
@@ -350,9 +351,9 @@ class _Claims:
     """Finds the tensors of weights classes, and remembers what was found and what is wrong."""
 
     def __init__(
-        self, checkpoint: Checkpoint, alias: Mapping[str, str], config: Any, block: tuple[int, int] | None
+        self, checkpoint: Checkpoint, alias: Mapping[str, str], config: Any, quantised: Quantisation | None
     ) -> None:
-        self._checkpoint, self._alias, self._config, self._block = checkpoint, alias, config, block
+        self._checkpoint, self._alias, self._config, self._quantised = checkpoint, alias, config, quantised
         self.claimed: set[str] = set()
         self.problems: list[str] = []
 
@@ -390,11 +391,11 @@ class _Claims:
         if values is None:
             self.problems.append(f"{name} is missing (expected {words})")
             return None
-        piece = Piece(values, shape, scales, row, rows, self._block)
+        piece = Piece(values, shape, scales, row, rows, self._quantised)
         self.claimed |= {entry.name for entry in piece.stored}
-        expected = _stored_shapes(piece.format, whole, self._block)
-        if piece.format is None:
-            self.problems.append(f"{values.name} is stored as {values.dtype}, which is not supported")
+        expected = _stored_shapes(piece, whole)
+        if not expected:
+            self.problems.append(f"{values.name} is stored as {values.dtype}, which is not supported ({words})")
         for entry, stored_shape in zip(piece.stored, expected, strict=False):
             if entry.shape != stored_shape:
                 meant = words if stored_shape == whole else f"{words}, stored as {list(stored_shape)}"
@@ -402,16 +403,19 @@ class _Claims:
         return piece
 
 
-def _stored_shapes(
-    format: Format | None, shape: tuple[int, ...], block: tuple[int, int] | None
-) -> list[tuple[int, ...]]:
-    """Of the tensors that hold a tensor of this shape."""
-    if format == "fp8" and block is not None:
-        return [shape, tuple(-(-size // side) for size, side in zip(shape, block, strict=True))]
-    if format == "mxfp4":
-        *rows, width, height = shape
-        return [(*rows, height, width // 32, 16), (*rows, height, width // 32)]
-    return [shape]
+def _stored_shapes(piece: Piece, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Of the tensors that hold a tensor of this shape; none if it cannot be held so."""
+    block = piece.quantised.block if piece.quantised else None
+    match piece.format:
+        case "fp8" if block is not None and len(shape) == 2:
+            return [shape, (-(-shape[0] // block[0]), -(-shape[1] // block[1]))]
+        case "mxfp4" if len(shape) > 1 and shape[-2] % 32 == 0:
+            *rows, width, height = shape
+            return [(*rows, height, width // 32, 16), (*rows, height, width // 32)]
+        case "plain":
+            return [shape]
+        case _:
+            return []
 
 
 def _size(slots: Iterable[Slot]) -> int:

@@ -358,13 +358,21 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _certified(found: Mapping[str, Any]) -> str:
     """A run's certificate in words."""
-    others = f"; {found['other_experts']} tokens with other experts left out" if found["other_experts"] else ""
-    return (
-        f"{len(found['layers'])} layers and {', '.join(found['parts'])} equal to transformers "
-        f"{found['versions']['transformers']} on prompts {', '.join(map(str, found['prompts']))} ({found['tokens']} "
-        f"tokens, one padded batch); the run's rows at most {found['nearness']} times as far from it as it is from "
-        f"itself on single prompts{others}"
-    )
+    exact, near, followed = (len(found[key]) for key in ("layers", "near_layers", "followed_layers"))
+    words = [
+        f"{exact} layers and {', '.join(found['parts'])} equal to transformers {found['versions']['transformers']} on "
+        f"prompts {', '.join(map(str, found['prompts']))} ({found['tokens']} tokens, one padded batch)"
+    ]
+    if near:
+        words.append(
+            f"in {near} layers the run's rows at most {found['nearness']} times as far from it as rounding allows"
+        )
+    if near < exact:
+        words.append(f"not in {exact - near} that end early or in which callbacks write")
+    words.append(f"followed from the tokens on through {followed} layers")
+    if found["other_experts"]:
+        words.append(f"{found['other_experts']} tokens whose experts tie left out")
+    return "; ".join(words)
 
 
 def _site(entry: Mapping[str, Any]) -> tuple[str, str]:

@@ -6,7 +6,6 @@ Tensors that are named alike but for a layer's or an expert's number become one 
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from . import hub
 from .checkpoint import INDEX, SINGLE, Checkpoint, Entry, shard_names
@@ -21,28 +20,23 @@ def draft(name: str, revision: str | None = None) -> str:
     indexed = (files.folder / INDEX).is_file()
     files = hub.fetch(files, shard_names(files.folder, present=False)[0] if indexed else [SINGLE])
     raw = files.config()
-    words = {key: value for key, value in raw.items() if type(value) is int and value > 1}
-    layers: dict[str, list[tuple[int, Entry]]] = {}
+    text = raw.get("text_config")
+    words = {key: value for key, value in (text if isinstance(text, Mapping) else raw).items() if type(value) is int}
+    layers: dict[str, dict[str, list[tuple[int, Entry]]]] = {}
     others: list[Entry] = []
-    prefix = ""
     for entry in Checkpoint.open(files.folder).entries.values():
         found = LAYER.fullmatch(entry.name)
         if found is None:
             others.append(entry)
         else:
-            prefix = found["head"] + "{i}."
-            layers.setdefault(found["rest"], []).append((int(found["i"]), entry))
-    count = 1 + max((index for places in layers.values() for index, _ in places), default=-1)
-    return "\n".join(
-        [
-            f"# {name}: model_type {raw.get('model_type')!r}, {count} layers below {prefix!r}",
-            "",
-            *_weights("Model", ((entry.name, entry, "") for entry in others), words),
-            "",
-            "",
-            *_weights("Layer", _by_name(layers, count), words),
-        ]
-    )
+            layers.setdefault(found["head"], {}).setdefault(found["rest"], []).append((int(found["i"]), entry))
+    lines = [f"# {name}: model_type {raw.get('model_type')!r}", ""]
+    lines += _weights("Model", ((entry.name, entry, "") for entry in others), words)
+    for head, table in layers.items():
+        count = 1 + max(index for places in table.values() for index, _ in places)
+        lines += ["", "", f"# {count} layers below {head + '{i}.'!r}"]
+        lines += _weights("Layer", _by_name(table, count), words)
+    return "\n".join(lines)
 
 
 def _by_name(layers: Mapping[str, Sequence[tuple[int, Entry]]], count: int) -> Iterator[tuple[str, Entry, str]]:
@@ -69,13 +63,13 @@ def _weights(title: str, fields: Iterator[tuple[str, Entry, str]], words: Mappin
         yield f'    {field.strip("_")}: Tensor = source("{name}", {dims}){stored}{remark}'
 
 
-def _word(size: int, words: Mapping[str, Any]) -> str:
+def _word(size: int, words: Mapping[str, int]) -> str:
     """A key of the config with this value, or a product of two, or the number itself."""
     for key, value in words.items():
-        if value == size:
+        if value == size > 1:
             return f'"{key}"'
     for a, first in words.items():
         for b, second in words.items():
-            if first * second == size:
+            if first > 1 < second and first * second == size:
                 return f'"{a} * {b}"'
     return str(size)

@@ -39,7 +39,7 @@ class Costs:
     weights: on disk, per stage. resident: copies of weights in memory (a map of the file costs none). experts: the part
     of ``weights`` that is a layer's experts. streamed: what weights take, maps included, with experts read one at a
     time. mapped: what the experts of the largest layer take of the page cache, twice, as the next layer is read ahead.
-    row: tensors of one row of a microbatch in a routed layer.
+    row: tensors of one row of a microbatch in a routed layer. reference: Hugging Face's layer, under ``verify=True``.
     """
 
     weights: Mapping[Stage, int]
@@ -48,6 +48,7 @@ class Costs:
     streamed: int = 0
     mapped: int = 0
     row: int = 0
+    reference: int = 0
     residual: int
     microbatch: int
     outputs: int
@@ -94,7 +95,7 @@ class Plan:
     @property
     def weights_bytes(self) -> int:
         """Bytes of weights read by the whole sweep, at most: an expert that no token chooses is not read."""
-        again = max(0, len(self.schedule.chunks) - 1)
+        again = max(0, len(self.schedule.chunks) - 1) + bool(self.costs.reference)
         experts = sum(self.costs.experts.get(stage, 0) for stage in self.schedule.streamed)
         return sum(self.costs.weights[stage] for stage in self.schedule.loads()) + again * experts
 
@@ -171,7 +172,7 @@ def make_plan(
     tier = _tier(residual, costs.residual, device, memory_free)
     pooled = min(costs.outputs, POOLED)
     held = costs.residual if tier != "disk" else 0
-    others = costs.states + pooled + held
+    others = costs.states + pooled + held + costs.reference
     split = chunks(costs, lengths, known["height"], memory_free - others)
     if split:
         longest = max(_filled(sum(lengths[index] for index in chunk), known["height"]) for chunk in split)
@@ -245,6 +246,7 @@ def _blockers(costs: Costs, held: int, memory: int, memory_free: int, disk: int,
             f"callbacks' state ({size(costs.states)}): fewer layers at a time, or fewer components": costs.states,
             f"a microbatch's tensors ({size(costs.microbatch)}): lower the microbatch's size": costs.microbatch,
             f"weights ({size(costs.resident)}): lower layers_per_visit": costs.resident,
+            f"Hugging Face's layer ({size(costs.reference)}): leave verify=True out": costs.reference,
         }
         largest = max(terms, key=lambda term: terms[term])
         yield f"{size(memory)} of RAM are needed and {size(memory_free)} are free; most of it is {largest}"

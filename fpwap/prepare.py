@@ -105,8 +105,7 @@ def open_checkpoint(model: Model) -> tuple[Checkpoint, Layout]:
     indexed = (model.files.folder / INDEX).is_file()
     files = hub.fetch(model.files, shard_names(model.files.folder, present=False)[0] if indexed else [SINGLE])
     checkpoint = Checkpoint.open(files.folder)
-    block = model.quantisation.block if model.quantisation else None
-    return checkpoint, lay_out(checkpoint, model.family, model.config, block)
+    return checkpoint, lay_out(checkpoint, model.family, model.config, model.quantisation)
 
 
 def prepare(
@@ -126,7 +125,7 @@ def prepare(
     if attention not in implementations:
         have = " and ".join(implementations)
         raise RequestError(f"attn_implementation {attention!r} is not one of {family.name}'s: it has {have}")
-    device = _device(request.device)
+    device = to_device(request.device)
     prompts = ingest(
         vocab=config.vocab,
         seq_len=request.seq_len,
@@ -208,7 +207,7 @@ def stored_dtype(model: Model, checkpoint: Checkpoint) -> torch.dtype:
     return dtype
 
 
-def _device(asked: str | torch.device) -> torch.device:
+def to_device(asked: str | torch.device) -> torch.device:
     try:
         return machine.resolve_device(asked)
     except RuntimeError as error:
@@ -256,13 +255,17 @@ def _check_name(callback: Callback, site: Site, declared: Declared, names: set[s
     names.add(file)
 
 
-def _routed_row(context: SweepContext, stage: Stage) -> int:
-    """Bytes that a row of a chunk takes in a routed layer: the stream, fp32 norms, projections, a term per choice."""
+def _routed_row(context: SweepContext, stage: Stage, masked: int) -> int:
+    """Bytes that a row of a chunk takes in a routed layer: the stream, fp32 norms, projections, a term per choice.
+
+    masked: keys that a row's mask is about, 0 in packed mode.
+    """
     config, itemsize = context.config, context.dtype.itemsize
     hooks = context.family.hooks(config, stage.layer or 0)
     (chosen,) = hooks["expert_ids"]
     widest = max(math.prod(width) for width in hooks.values())
-    return int((10 * config.hidden + 3 * widest) * itemsize + 2 * chosen * config.hidden * torch.float32.itemsize)
+    terms = 2 * chosen * config.hidden * torch.float32.itemsize
+    return int((10 * config.hidden + 3 * widest) * itemsize + terms + masked * (1 + itemsize))
 
 
 def _costs(
@@ -300,17 +303,17 @@ def _costs(
     copied = {stage: layout[stage].copied(*where) for stage in stages}
     apart = {stage: sum(aligned(slot, context.dtype) for slot in layout[stage].fields.values()) for stage in stages}
     routed = [stage for stage in stages if layout[stage].experts]
+    masked = max(group.length if group.mask is not None else 0 for part in table.microbatches for group in part.groups)
     whole = max((layout[stage].elements * itemsize for stage in stages), default=0)
-    reference = whole if verify else 0  # Hugging Face holds one layer beside the run
     return Costs(
         weights={stage: layout[stage].size for stage in stages},
-        resident=reference + 2 * max(sum(copied[stage] for stage in group) for group in schedule.groups),
+        resident=2 * max(sum(copied[stage] for stage in group) for group in schedule.groups),
         experts={stage: layout[stage].size - layout[stage].own_size for stage in routed},
-        streamed=reference
-        + 2 * max(sum(apart[stage] for stage in group) for group in schedule.groups)
+        streamed=2 * max(sum(apart[stage] for stage in group) for group in schedule.groups)
         + 2 * max((layout[stage].largest_expert(context.dtype) for stage in routed), default=0),
         mapped=2 * max((layout[stage].mapped_experts(*where) for stage in routed), default=0),
-        row=max((_routed_row(context, stage) for stage in routed), default=0),
+        reference=whole if verify else 0,
+        row=max((_routed_row(context, stage, masked) for stage in routed), default=0),
         residual=table.rows * config.hidden * itemsize if len(schedule.groups) > 1 else 0,
         microbatch=rows * (6 * config.hidden + 3 * widest + logits) * itemsize,
         outputs=outputs,

@@ -155,10 +155,7 @@ class Sweep:
             unknown = identity.opaque(own)
             if unknown is not None:
                 raise RequestError(f"whether {self._out} holds this run cannot be told: {unknown}; give another out=")
-            result = Result.open(self._out)
-            if self._verify and result.manifest.get("certificate") is None:
-                raise RequestError(f"{self._out} holds this run, made without verify=True; give another out=")
-            return result
+            return self._opened(self._out)
         if not ready.plan.feasible:
             raise RequestError("; ".join(ready.plan.blockers))
         with recorder.span("verify"):
@@ -168,7 +165,7 @@ class Sweep:
                 callback.on_sweep_start(ready.context)
         if self._out is not None:
             self._run_in(self._out, ready, own, recorder, watcher)
-            return Result.open(self._out)
+            return self._opened(self._out)
         folder = Path(tempfile.mkdtemp(prefix="fpwap-"))
         try:
             self._run_in(folder, ready, own, recorder, watcher)
@@ -176,6 +173,13 @@ class Sweep:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         return Result.adopt(Result.open(folder))
+
+    def _opened(self, folder: Path) -> Result:
+        """A finished run, certified if that was asked for."""
+        result = Result.open(folder)
+        if self._verify and result.manifest.get("certificate") is None:
+            raise RequestError(f"{folder} holds this run, made without verify=True; give another out=")
+        return result
 
     @cached_property
     def _prepared(self) -> Prepared:
@@ -198,7 +202,7 @@ class Sweep:
         chosen = choose(ready.prompts.lengths.tolist())
         bound = zip(self._callbacks, ready.targets.bound, strict=True)
         stored = model.quantisation
-        decoded = None if stored is None else Decoded(ready.checkpoint, stored.block, plan.dtype)
+        decoded = None if stored is None else Decoded(ready.checkpoint, stored, plan.dtype)
         return Watch(
             HFLayers(ready.checkpoint.folder, plan.dtype, plan.attention, plan.device, decoded),
             model.family,
@@ -208,7 +212,12 @@ class Sweep:
             pad=pad_token(model),
             dtype=plan.dtype,
             device=plan.device,
-            written={site[0] for callback, own in bound for site in own if callback.phase == "write"},
+            written={
+                layer
+                for callback, own in bound
+                for layer, hook in own
+                if callback.phase == "write" and (layer is not None or hook == "embedding")
+            },
         )
 
     def _run_in(

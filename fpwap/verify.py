@@ -14,7 +14,8 @@ from archs.batch import Attention, Batch, Group
 from archs.contract import Family
 
 from .errors import RequestError
-from .prepare import open_checkpoint, open_model, pad_token, stored_dtype
+from .prepare import open_checkpoint, open_model, pad_token, stored_dtype, to_device
+from .prompts import ingest
 from .reference import HFLayers
 from .schedule import Stage
 from .weights import Decoded, Weights
@@ -213,14 +214,17 @@ def compare_layer(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], laye
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What `verify` found. yardsticks: layer -> distance of residual_post (relative RMS) under a deliberately wrong
-    rope, None where positions do not enter the layer.
+    """What `verify` found.
+
+    unseen: hooks that no module of Hugging Face's comes near, in some layer. yardsticks: layer -> distance of
+    residual_post (relative RMS) under a deliberately wrong rope, None where positions do not enter the layer.
     """
 
     model: str
     family: str
     numbers: str
     rows: tuple[Row, ...]
+    unseen: tuple[str, ...]
     yardsticks: Mapping[int, float | None]
 
     @property
@@ -251,6 +255,7 @@ class Report:
             [
                 f"{self.model}: {self.family}, {self.numbers}",
                 *(line.rstrip() for line in lines),
+                f"not shown by a module, and covered by what follows from them: {', '.join(self.unseen) or 'none'}",
                 f"yardstick: positions in reverse put residual_post off by (relative RMS) {scale}",
                 f"{'PASS' if self.passed else 'FAIL'}: {equal} of {len(self.rows)} comparisons are equal in every bit",
             ]
@@ -278,19 +283,28 @@ def verify(
     opened = open_model(model, revision)
     family, config = opened.family, opened.config
     checkpoint, layout = open_checkpoint(opened)
+    place = to_device(device)
     implementations = family.implementations(config)
     kind = attention or implementations[0]
     if kind not in implementations:
         raise RequestError(f"attn_implementation {kind!r} is not one of {family.name}'s: {', '.join(implementations)}")
     chosen = range(config.layers) if layers is None else sorted({_layer(index, config.layers) for index in layers})
     dtype = dtype or stored_dtype(opened, checkpoint)
-    batch = Rectangle.of(
-        [torch.tensor(ids) for ids in prompts or _random(config)], pad_token(opened), torch.device(device)
+    table = ingest(
+        _random(config) if prompts is None else prompts,
+        vocab=config.vocab,
+        seq_len=None,
+        max_positions=config.max_positions,
+        truncation="error",
+        keep_metadata=False,
+        keep_padding=False,
     )
+    rows_of = [torch.from_numpy(table.tokens(sample).astype("int64")) for sample in range(table.n)]
+    batch = Rectangle.of(rows_of, pad_token(opened), place)
     ours = Ours(family=family, config=config, attention=kind, batch=batch)
     wrong = Ours(family=family, config=config, attention=kind, batch=batch.reversed())
-    decoded = None if opened.quantisation is None else Decoded(checkpoint, opened.quantisation.block, dtype)
-    hf = HFLayers(checkpoint.folder, dtype, kind, device, decoded)
+    decoded = None if opened.quantisation is None else Decoded(checkpoint, opened.quantisation, dtype)
+    hf = HFLayers(checkpoint.folder, dtype, kind, place, decoded)
 
     tail = [stage for stage in (Stage("norm"), Stage("head")) if stage in layout]
     stages = [Stage("embed"), *(Stage("layer", layer) for layer in chosen), *tail]
@@ -301,10 +315,11 @@ def verify(
         resident=1,
         stream_experts=True,
         dtype=dtype,
-        device=torch.device(device),
+        device=place,
         moved=lambda size, seconds: None,
     )
     rows: list[Row] = []
+    unseen: dict[str, None] = {}
     yardsticks: dict[int, float | None] = {}
     try:
         for stage in stages:
@@ -315,7 +330,10 @@ def verify(
             elif stage.kind == "layer":
                 assert stage.layer is not None
                 theirs = hf.everything(stage.layer, stream, batch.mask, batch.positions, batch.ids)
-                rows += compare_layer(ours.block(stream, w, stage.layer), theirs, stage.layer, batch)
+                shown = ours.block(stream, w, stage.layer)
+                found = compare_layer(shown, theirs, stage.layer, batch)
+                unseen |= dict.fromkeys(hook for hook in shown if hook not in {row.hook for row in found})
+                rows += found
                 off = distance(wrong.block(stream, w, stage.layer)["residual_post"], theirs["residual_post"])
                 yardsticks[stage.layer] = off or None
                 stream = theirs["residual_post"]
@@ -329,7 +347,14 @@ def verify(
     finally:
         weights.close()
     numbers = f"{str(dtype).removeprefix('torch.')}, {kind}, {batch.mask.sum()} tokens in {len(batch.ids)} prompts"
-    return Report(model=opened.files.name, family=family.name, numbers=numbers, rows=tuple(rows), yardsticks=yardsticks)
+    return Report(
+        model=opened.files.name,
+        family=family.name,
+        numbers=numbers,
+        rows=tuple(rows),
+        unseen=tuple(unseen),
+        yardsticks=yardsticks,
+    )
 
 
 def _layer(index: int, layers: int) -> int:

@@ -5,7 +5,7 @@ For a few chosen prompts `Watch` sees to it that everything below is so, and sto
 * **exact**: our block and HF's layer on the chosen prompts' rows, put together as one padded batch, are equal bit for
   bit, at every hook that HF's modules show;
 * **near**: the run's own rows are at most `NEARNESS` times as far from that result as HF's are when HF takes each
-  prompt alone: packing may cost what padding costs;
+  prompt alone: packing may cost what padding costs (or what rounding costs, where HF's two results are equal);
 * **continuous**: the rows that enter a layer are those that left the one before, bit for bit, of all prompts;
 * **the same prompts**: a stream that HF carries from the tokens on stays nearest to the run's rows, token by token.
 
@@ -34,7 +34,10 @@ NEARNESS = 2.0
 """How much farther than HF from itself a run's rows may be from HF."""
 CHOSEN, LONGEST = 4, 2048
 """How many prompts a run checks, and the longest that it takes for that."""
-WATCHED = ("residual_pre", "expert_ids", "residual_post")
+FLOORS = {torch.float32: 64.0}
+"""Distance from HF, in eps, that a layer's rounding may always cost: products add up in fp32, so in fp32 it grows with
+their width; in the narrow dtypes it is one unit in the last place of a row's largest element."""
+WATCHED = ("residual_pre", "router_logits", "expert_ids", "residual_post")
 """Hooks at which the run's own rows are kept."""
 Seen = dict[str, dict[int, Tensor]]
 """Of one layer: hook -> sample -> its rows."""
@@ -83,12 +86,15 @@ class Watch:
         written: Collection[int | None],
     ) -> None:
         self._hf, self._samples, self._eps, self._written = hf, samples, torch.finfo(dtype).eps, written
+        self._floor = FLOORS.get(dtype, 1.0) * self._eps
         self._batch = Rectangle.of(list(samples.values()), pad, device)
         self._ours = Ours(family=family, config=config, attention=attention, batch=self._batch)
         self._stream: Tensor | None = None
         self._seen: dict[int, Seen] = defaultdict(lambda: {hook: {} for hook in WATCHED})
         self._left: dict[int, int] = {}
         self._layers: list[int] = []
+        self._near_layers: list[int] = []
+        self._followed: list[int] = []
         self._parts: list[str] = []
         self._ratio = self._drift = 0.0
         self._flips = 0
@@ -131,8 +137,10 @@ class Watch:
             "tokens": int(self._batch.mask.sum()),
             "layers": self._layers,
             "parts": self._parts,
-            "nearness": round(self._ratio, 3),
-            "drift": self._drift,
+            "near_layers": self._near_layers,
+            "nearness": round(self._ratio, 3) if self._near_layers else None,
+            "followed_layers": self._followed,
+            "drift": self._drift if self._followed else None,
             "other_experts": self._flips,
             "versions": {"torch": torch.__version__, "transformers": version("transformers")},
         }
@@ -179,14 +187,26 @@ class Watch:
         if seen["expert_ids"]:
             same = (self._run(seen["expert_ids"]) == batch.real(ours["expert_ids"])).all(-1)
             self._flips += int((~same).sum())
+            self._same_router(layer, self._run(seen["router_logits"]), batch.real(ours["router_logits"]), same)
         far, near = distance(torch.cat(alone)[same], expected[same]), distance(found[same], expected[same])
-        far = max(far, self._eps / 4)
+        far = max(far, self._floor)
+        self._near_layers.append(layer)
         self._ratio = max(self._ratio, near / far)
         if near > NEARNESS * far:
             apart = (found.double() - expected.double()).norm(dim=1) * same
             raise VerificationError(
                 f"layer {layer}, hook 'residual_post', prompt {self._sample(int(apart.argmax()))}: the run's rows are "
                 f"{near:.3g} (relative RMS) from Hugging Face's, which is {far:.3g} from itself on each prompt alone"
+            )
+
+    def _same_router(self, layer: int, found: Tensor, expected: Tensor, same: Tensor) -> None:
+        """Other experts may be chosen where a router's logits tie within rounding, and nowhere else."""
+        apart = distance(found, expected)
+        others = int((~same).sum())
+        if apart > NEARNESS * self._floor or 2 * others > len(same):
+            raise VerificationError(
+                f"layer {layer}, hook 'router_logits', prompts {list(self._samples)}: the run's are {apart:.3g} "
+                f"(relative RMS) from those of one padded batch, and {others} of {len(same)} tokens have other experts"
             )
 
     def _same_prompts(self, layer: int, left: Mapping[int, Tensor]) -> None:
@@ -197,6 +217,7 @@ class Watch:
         assert self._stream is not None
         batch = self._batch
         self._stream = self._hf.layer(layer, self._stream, batch.mask, batch.positions, batch.ids)["residual_post"]
+        self._followed.append(layer)
         expected, found = batch.real(self._stream).double(), self._run(left).double()
         length = expected.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
         apart = torch.cdist(found, expected) / length[:, None]

@@ -13,7 +13,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ from archs.contract import Resident
 
 from .checkpoint import FP8_SCALES, MXFP4, STORED, Checkpoint, Entry, Layout, Parcel, Piece, Slot, aligned
 from .errors import ModelError
-from .formats import fp8_blocks, mxfp4
+from .formats import Quantisation, fp8_blocks, mxfp4
 from .schedule import Stage
 
 CHUNK = 1 << 28
 """Bytes of one read call: far below the 2 GiB at which one call stops short."""
+STRIP = 1 << 24
+"""Elements that are read and cast at once."""
 
 
 class Weights:
@@ -66,6 +68,7 @@ class Weights:
             self._files.open(shard)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fpwap-weights")
         self._experts = ThreadPoolExecutor(1, thread_name_prefix="fpwap-experts")
+        self._turns = (_Buffer(), _Buffer())
         self._read_ahead()
 
     def acquire(self, stage: Stage) -> Any:
@@ -103,21 +106,25 @@ class Weights:
         return weights
 
     def _handles(self, parcels: Sequence[Parcel]) -> "Streamed":
-        return Streamed(parcels, self._files, self._experts, self._moved)
+        return Streamed(parcels, self._files, self._experts, self._turns, self._moved)
 
 
 class Streamed:
-    """A layer's experts, each read when its turn comes, the next one meanwhile (`archs.contract.Experts`)."""
+    """A layer's experts, each read when its turn comes, the next one meanwhile (`archs.contract.Experts`).
+
+    buffers: of all layers, as one layer is iterated at a time.
+    """
 
     def __init__(
         self,
         parcels: Sequence[Parcel],
         files: "_Files",
         pool: ThreadPoolExecutor,
+        buffers: "tuple[_Buffer, _Buffer]",
         moved: Callable[[int, float], None],
     ) -> None:
         self._parcels, self._files, self._pool, self._moved = parcels, files, pool, moved
-        self._buffers = [_Buffer(), _Buffer()]
+        self._buffers = buffers
 
     def __len__(self) -> int:
         return len(self._parcels)
@@ -130,10 +137,10 @@ class Streamed:
                     ahead.append(self._pool.submit(self._read, wanted[turn], self._buffers[turn % 2]))
                 if turn:
                     yield wanted[turn - 1], ahead.popleft().result()
-                    self._files.forget(self._parcels[wanted[turn - 1]])
+                if turn > 1:  # the last one is still in the caller's hands
+                    self._files.forget(self._parcels[wanted[turn - 2]])
         finally:  # nobody may write into a buffer that is given out again
-            for future in ahead:
-                future.exception()
+            wait(ahead)
 
     def _read(self, index: int, buffer: "_Buffer") -> Any:
         started, parcel = time.perf_counter(), self._parcels[index]
@@ -201,8 +208,23 @@ class _Files:
             return maps.tensor(slot, dtype)
         out = buffer.take(aligned(slot, self._dtype), dtype, slot.shape)
         for piece, part in zip(slot.pieces, out.chunk(len(slot.pieces)), strict=True):
-            _decode(piece, [self.raw(entry, piece) for entry in piece.stored], part)
+            if piece.format == "plain":
+                self._cast(piece, part.view(-1))
+            else:
+                _decode(piece, [self.raw(entry, piece) for entry in piece.stored], part)
         return out.to(self._device)
+
+    def _cast(self, piece: Piece, out: Tensor) -> None:
+        """Plain values into ``out [elements]``, a strip at a time."""
+        entry = piece.values
+        begin, _ = entry.row(piece.row, piece.rows)
+        stored = STORED[entry.dtype]
+        for first in range(0, len(out), STRIP):
+            part = out[first : first + STRIP]
+            raw = torch.empty(len(part) * stored.itemsize, dtype=torch.uint8)
+            start = begin + first * stored.itemsize
+            _read_exactly(self._open[entry.shard], start, raw.numpy().data, self._folder / entry.shard)
+            part.copy_(raw.view(stored))
 
     def raw(self, entry: Entry, piece: Piece) -> Tensor:
         """The stored values of one piece."""
@@ -217,12 +239,12 @@ def _decode(piece: Piece, stored: Sequence[Tensor], out: Tensor) -> None:
     """Writes a piece's values as they are computed with; one rounding, to the dtype of ``out``."""
     match piece.format:
         case "fp8":
-            assert piece.block is not None
-            fp8_blocks(stored[0], stored[1], piece.block, out)
+            assert piece.quantised is not None and piece.quantised.block is not None
+            fp8_blocks(stored[0], stored[1], piece.quantised.block, out)
         case "mxfp4":
             mxfp4(stored[0], stored[1], out.t())
-        case _:
-            out.copy_(stored[0])
+        case other:
+            raise AssertionError(other)
 
 
 class _Buffer:
@@ -290,8 +312,8 @@ class Decoded(Mapping[str, Tensor]):
     dtype: of what is decoded; tensors that are stored plainly keep their own.
     """
 
-    def __init__(self, checkpoint: Checkpoint, block: tuple[int, int] | None, dtype: torch.dtype) -> None:
-        self._checkpoint, self._block, self._dtype = checkpoint, block, dtype
+    def __init__(self, checkpoint: Checkpoint, quantised: Quantisation, dtype: torch.dtype) -> None:
+        self._checkpoint, self._quantised, self._dtype = checkpoint, quantised, dtype
         values, scales = MXFP4
         companions = [name for name in checkpoint.entries if name.endswith((FP8_SCALES, scales))]
         self._names = [name.removesuffix(values) for name in checkpoint.entries if name not in companions]
@@ -307,7 +329,7 @@ class Decoded(Mapping[str, Tensor]):
         if values is None:
             raise KeyError(name)
         files = _Files(self._checkpoint.folder, self._dtype, torch.device("cpu"))
-        piece = Piece(values, values.shape, scales, block=self._block)
+        piece = Piece(values, values.shape, scales, quantised=self._quantised)
         try:
             for entry in piece.stored:
                 files.open(entry.shard)

@@ -22,6 +22,7 @@ OUTER = {
 VOCABULARY = {"errors", "schedule", "callbacks.base"}
 """Words that all parts share: exceptions, stages, sites and what callbacks return."""
 TYPES = {
+    "checkpoint": {"formats"},
     "context": {"prompts"},
     "callbacks.common": {"callbacks.moments"},
     "plan": {"machine", "residual", "sites"},

@@ -152,6 +152,26 @@ def test_scales_of_another_shape_are_refused(
         keep(quantised, DATASET)
 
 
+def test_mxfp4_weights_without_a_config_of_theirs_are_refused(
+    pairs: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    quantised, _ = pairs["gpt_oss"]
+    folder = copy(quantised, tmp_path / "silent", tensors(quantised), None)
+    edit_config(folder, quantization_config=None)
+    with pytest.raises(ModelError, match="is stored as U8, which is not supported"):
+        keep(folder, DATASET)
+
+
+def test_a_vector_in_fp8_is_refused(tmp_path: Path, checkpoint: Callable[[str], Path]) -> None:
+    quantised, _ = in_fp8(checkpoint("llama_gqa"), tmp_path)
+    held = tensors(quantised)
+    name = "model.layers.1.input_layernorm.weight"
+    held |= {name: held[name].to(torch.float8_e4m3fn), name + "_scale_inv": torch.ones(4)}
+    save_file(held, quantised / "model.safetensors")
+    with pytest.raises(ModelError, match=rf"{name} is stored as F8_E4M3, which is not supported \(hidden 60\)"):
+        keep(quantised, DATASET)
+
+
 def test_fp8_weights_without_a_config_of_theirs_are_refused(tmp_path: Path, checkpoint: Callable[[str], Path]) -> None:
     quantised, _ = in_fp8(checkpoint("llama_gqa"), tmp_path)
     edit_config(quantised, quantization_config=None)

@@ -20,7 +20,7 @@ from fpwap import Result, Sweep
 from fpwap.callbacks.base import Callback, WriteBack
 from fpwap.callbacks.common import RawActivations
 from fpwap.cli import main
-from fpwap.errors import RequestError, VerificationError
+from fpwap.errors import DatasetError, RequestError, VerificationError
 from fpwap.residual import InMemory
 from fpwap.schedule import Stage
 from fpwap.verify import Row, compare, verify
@@ -32,6 +32,16 @@ DATASET = prompts([LONGEST] * 8 + [13] * 5 + [5] * 4 + [1], seed=11)
 SHAPES: list[dict[str, Any]] = [{}, {"batching": "padded", "microbatch_size": 5}, {"microbatch_tokens": 40}]
 
 # --- a run ----------------------------------------------------------------------------------------------------------
+
+
+class Scale(Callback):
+    phase = "write"
+
+    def __init__(self, hook: str, layer: int = 1) -> None:
+        self.target_layers, self.target_hooks = [layer], (hook,)
+
+    def on_batch(self, layer_idx: int | None, hook: str, acts: Tensor, sample_ids: Tensor) -> WriteBack:
+        return WriteBack(acts * 3)
 
 
 @pytest.mark.parametrize(("request_", "dtype"), list(zip(SHAPES, DTYPES, strict=True)))
@@ -92,8 +102,9 @@ def test_one_swapped_row_pair_in_the_store_stops_it(
         run(checkpoint("llama_gqa"), DATASET, RawActivations([-1]), verify=True)
 
 
+@pytest.mark.parametrize("callbacks", [(), ("final_norm",)], ids=["reads", "writes behind the layers"])
 def test_prompts_that_are_exchanged_from_the_start_stop_it(
-    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    callbacks: tuple[str, ...], checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two prompts of one length trade places before the embedding: each layer for itself looks right."""
     embed = archs.llama.embed
@@ -107,7 +118,24 @@ def test_prompts_that_are_exchanged_from_the_start_stop_it(
     family = dataclasses.replace(archs.llama.FAMILY, embed=exchanged)
     monkeypatch.setattr(archs, "FAMILIES", (family,))
     with pytest.raises(VerificationError, match=r"layer 0, hook 'residual_post', prompt \d+: a row is .* away from"):
-        run(checkpoint("llama_gqa"), prompts([LONGEST] * 3, seed=1), RawActivations([-1]), verify=True)
+        writers = [Scale(hook) for hook in callbacks]
+        run(checkpoint("llama_gqa"), prompts([LONGEST] * 3, seed=1), RawActivations([-1]), *writers, verify=True)
+
+
+def test_a_router_that_is_off_in_packed_form_stops_it(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even behind a write, where no stream is followed: other experts are excused by ties alone."""
+    block = archs.mixtral.block
+
+    def off(x: Tensor, w: Any, c: Any, layer: int, batch: Any, tap: Tap) -> Tensor:
+        if batch.height is not None and layer == 2:
+            w = dataclasses.replace(w, router=w.router.flip(0))
+        return block(x, w, c, layer, batch, tap)
+
+    monkeypatch.setattr(archs, "FAMILIES", (dataclasses.replace(archs.mixtral.FAMILY, block=off),))
+    with pytest.raises(VerificationError, match=r"layer 2, hook 'router_logits', prompts .* have other experts"):
+        run(checkpoint("mixtral"), DATASET, Scale("residual_post", 0), RawActivations([-1]), verify=True)
 
 
 def test_a_packed_form_that_is_off_stops_it(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +144,7 @@ def test_a_packed_form_that_is_off_stops_it(checkpoint: Callable[[str], Path], m
 
     def off(x: Tensor, w: Any, c: Any, layer: int, batch: Any, tap: Tap) -> Tensor:
         if batch.height is not None and layer == 1:
-            w = dataclasses.replace(w, down=w.down * (1 + 1e-5))
+            w = dataclasses.replace(w, down=w.down * (1 + 1e-3))
         return block(x, w, c, layer, batch, tap)
 
     monkeypatch.setattr(archs, "FAMILIES", (dataclasses.replace(archs.llama.FAMILY, block=off),))
@@ -124,20 +152,13 @@ def test_a_packed_form_that_is_off_stops_it(checkpoint: Callable[[str], Path], m
         run(checkpoint("llama_gqa"), DATASET, RawActivations([-1]), verify=True, dtype=torch.float32)
 
 
-class Scale(Callback):
-    phase = "write"
-
-    def __init__(self, hook: str) -> None:
-        self.target_layers, self.target_hooks = [1], (hook,)
-
-    def on_batch(self, layer_idx: int | None, hook: str, acts: Tensor, sample_ids: Tensor) -> WriteBack:
-        return WriteBack(acts * 3)
-
-
 @pytest.mark.parametrize("hook", ["residual_post", "mlp_out", "residual_pre", "embedding"])
 def test_a_run_that_writes_is_checked_layer_by_layer(hook: str, checkpoint: Callable[[str], Path]) -> None:
     result = run(checkpoint("llama_gqa"), DATASET, Scale(hook), RawActivations([-1]), verify=True)
-    assert result.manifest["certificate"]["layers"] == [0, 1, 2]
+    found = result.manifest["certificate"]
+    assert found["layers"] == [0, 1, 2]
+    assert found["near_layers"] == ([0, 1, 2] if hook == "embedding" else [0, 2])
+    assert found["followed_layers"] == ([] if hook == "embedding" else [0])
 
 
 @pytest.mark.parametrize("hook", ["residual_pre", "attn_out", "attn_pattern", "residual_post"])
@@ -229,6 +250,21 @@ def test_positions_do_not_enter_a_layer_of_gpt2(checkpoint: Callable[[str], Path
     assert set(verify(str(checkpoint("gpt2"))).yardsticks.values()) == {None}
 
 
+@pytest.mark.parametrize(
+    ("prompts_", "named"), [([[1, 999]], "is 999"), ([[]], "is empty"), ([[1], ["a"]], "sample 1")]
+)
+def test_prompts_that_are_refused(prompts_: Any, named: str, checkpoint: Callable[[str], Path]) -> None:
+    with pytest.raises(DatasetError, match=named):
+        verify(str(checkpoint("llama")), prompts_)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_short_prompt_is_no_false_alarm(dtype: torch.dtype, checkpoint: Callable[[str], Path]) -> None:
+    """Hugging Face's batch and its single prompt are the same call then, and equal."""
+    result = run(checkpoint("llama_gqa"), [[5, 6]], RawActivations([-1]), verify=True, dtype=dtype)
+    assert result.manifest["certificate"]["nearness"] < 1
+
+
 def test_a_checkpoint_that_is_refused(
     tmp_path: Path, checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -237,6 +273,8 @@ def test_a_checkpoint_that_is_refused(
     assert "'mamba' is not supported" in capsys.readouterr().err
     assert main(["verify", str(checkpoint("llama")), "--attn-implementation", "flash"]) == 2
     assert "'flash' is not one of Llama's" in capsys.readouterr().err
+    assert main(["verify", str(checkpoint("llama")), "--device", "nonsense"]) == 2
+    assert "device 'nonsense' is not to be had" in capsys.readouterr().err
     assert main(["verify", str(checkpoint("llama")), "--layers", "7"]) == 2
     assert "layer 7 is out of range" in capsys.readouterr().err
 
