@@ -159,7 +159,7 @@ def test_mxfp4_weights_without_a_config_of_theirs_are_refused(
     folder = copy(quantised, tmp_path / "silent", tensors(quantised), None)
     edit_config(folder, quantization_config=None)
     with pytest.raises(ModelError, match="is stored as U8, which is not supported"):
-        keep(folder, DATASET)
+        keep(folder, DATASET, Keep(HOOKS))
 
 
 def test_a_vector_in_fp8_is_refused(tmp_path: Path, checkpoint: Callable[[str], Path]) -> None:

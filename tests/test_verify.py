@@ -117,8 +117,8 @@ def test_prompts_that_are_exchanged_from_the_start_stop_it(
 
     family = dataclasses.replace(archs.llama.FAMILY, embed=exchanged)
     monkeypatch.setattr(archs, "FAMILIES", (family,))
+    writers = [Scale(hook) for hook in callbacks]
     with pytest.raises(VerificationError, match=r"layer 0, hook 'residual_post', prompt \d+: a row is .* away from"):
-        writers = [Scale(hook) for hook in callbacks]
         run(checkpoint("llama_gqa"), prompts([LONGEST] * 3, seed=1), RawActivations([-1]), *writers, verify=True)
 
 
