@@ -37,6 +37,16 @@ MATHS = [
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ATTENTION: list[Attention] = ["sdpa", "eager"]
 
+
+def in_turn(cases: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Each case with every dtype, of which one by turns is run by default and the others under ``full``."""
+    return [
+        pytest.param(*case, dtype, marks=[] if turn % 3 == place else [pytest.mark.full])
+        for turn, case in enumerate(cases)
+        for place, dtype in enumerate(DTYPES)
+    ]
+
+
 # --- checkpoints and models -----------------------------------------------------------------------------------------
 
 
@@ -296,9 +306,9 @@ def shown(family: str, layers: int, attention: Attention) -> set[Site]:
     }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("name", "attention"), [(name, kind) for name in CORE for kind in ATTENTION if kind == "sdpa" or name in MATHS]
+    ("name", "attention", "dtype"),
+    in_turn([(name, kind) for name in CORE for kind in ATTENTION if kind == "sdpa" or name in MATHS]),
 )
 def test_padded_has_the_bits_of_hugging_face(
     name: str,
@@ -338,10 +348,9 @@ def rows_of(recorder: Recorder, batch: Batch, prompt: int) -> Seen:
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("name", "threads"),
-    [(name, 2) for name in MATHS] + [(name, 1) for name in ("llama_gqa", "llama_head_dim", "gpt2")],
+    ("name", "threads", "dtype"),
+    in_turn([(name, 2) for name in MATHS] + [(name, 1) for name in ("llama_gqa", "llama_head_dim", "gpt2")]),
     indirect=["threads"],
 )
 def test_packed_bits_of_a_prompt_depend_on_the_prompt_alone(
