@@ -164,6 +164,8 @@ def _add_request(parser: argparse.ArgumentParser, *, out_required: bool) -> None
     add("--device", default="auto", help="cpu, cuda, ...; default: the accelerator if there is one")
     add("--verify", action="store_true", help="compare with transformers at every layer while it runs")
     add("--memory", metavar="SIZE", help="RAM that the run may take, such as 8GB; default: what is free")
+    add("--device-memory", metavar="SIZE", help="the same of the accelerator's memory")
+    add("--disk", metavar="SIZE", help="the same of the disk")
     add(
         "--residual",
         choices=("auto", "device", "ram", "disk"),
@@ -238,6 +240,8 @@ def _asked(options: argparse.Namespace, *, progress: bool) -> Iterator["Sweep"]:
             microbatch_size=options.microbatch_size,
             microbatch_tokens=options.microbatch_tokens,
             memory=options.memory,
+            device_memory=options.device_memory,
+            disk=options.disk,
             truncation=options.truncation,
             residual=options.residual,
             attn_implementation=options.attn_implementation,

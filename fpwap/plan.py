@@ -13,7 +13,6 @@ import torch
 
 from archs.batch import Attention, fixed_height
 
-from . import machine
 from .callbacks.base import Site
 from .residual import Tier
 from .schedule import Schedule, Stage
@@ -141,8 +140,8 @@ class Plan:
             f"weights    {size(self.weights_bytes)} read" + self._reading(),
             f"residual   {size(self.costs.residual)} in {self.tier}",
             f"outputs    {size(self.costs.outputs)}, callbacks' state {size(self.costs.states)}",
-            f"memory     {size(self.memory_bytes)} of {size(self.memory_free)} free",
-            f"disk       {size(self.disk_bytes)} of {size(self.disk_free)} free",
+            f"memory     {size(self.memory_bytes)} of {size(self.memory_free)} that may be taken",
+            f"disk       {size(self.disk_bytes)} of {size(self.disk_free)} that may be taken",
             f"time       about {duration(self.predicted_s)}, bound by {bound} (conservative rates, not calibrated)",
         ]
         lines += [f"warning    {warning}" for warning in self.warnings]
@@ -159,6 +158,7 @@ def make_plan(
     costs: Costs,
     device: torch.device,
     memory_free: int,
+    device_free: int,
     disk_free: int,
     lengths: Sequence[int],
     schedule: Callable[[tuple[range, ...]], Schedule],
@@ -166,10 +166,10 @@ def make_plan(
 ) -> Plan:
     """Decides the tier, the chunks of routed layers, and what does not fit.
 
-    residual: the tier asked for, or "auto". lengths: rows of every microbatch. schedule: makes it of the chunks.
-    known: fields of `Plan`.
+    residual: the tier asked for, or "auto". memory_free, device_free, disk_free: bytes that may be taken. lengths: rows
+    of every microbatch. schedule: makes it of the chunks. known: fields of `Plan`.
     """
-    tier = _tier(residual, costs.residual, device, memory_free)
+    tier = _tier(residual, costs.residual, device, device_free, memory_free)
     pooled = min(costs.outputs, POOLED)
     held = costs.residual if tier != "disk" else 0
     others = costs.states + pooled + held + costs.reference
@@ -228,12 +228,12 @@ def tile_heights(device: torch.device, widths: tuple[int, ...]) -> tuple[int, in
     return dense, sparse
 
 
-def _tier(asked: str, need: int, device: torch.device, memory_free: int) -> Tier:
+def _tier(asked: str, need: int, device: torch.device, device_free: int, memory_free: int) -> Tier:
     """Where the residual stream lives: the device if a third of it suffices, else RAM if half does, else disk."""
     tiers: dict[str, Tier] = {"device": "device", "ram": "ram", "disk": "disk"}
     if asked != "auto":
         return tiers[asked]
-    if device.type != "cpu" and need <= machine.device_memory(device) // 3:
+    if device.type != "cpu" and need <= device_free // 3:
         return "device"
     return "ram" if need <= memory_free // 2 else "disk"
 
@@ -249,10 +249,10 @@ def _blockers(costs: Costs, held: int, memory: int, memory_free: int, disk: int,
             f"Hugging Face's layer ({size(costs.reference)}): leave verify=True out": costs.reference,
         }
         largest = max(terms, key=lambda term: terms[term])
-        yield f"{size(memory)} of RAM are needed and {size(memory_free)} are free; most of it is {largest}"
+        yield f"{size(memory)} of RAM are needed and {size(memory_free)} may be taken; most of it is {largest}"
     if disk > disk_free:
         yield (
-            f"{size(disk)} of disk are needed and {size(disk_free)} are free: free {size(disk - disk_free)}, "
+            f"{size(disk)} of disk are needed and {size(disk_free)} may be taken: free {size(disk - disk_free)}, "
             "choose another out=, or capture fewer layers or positions"
         )
 

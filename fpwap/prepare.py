@@ -50,6 +50,8 @@ class Request:
     microbatch_size: int
     microbatch_tokens: int | None
     memory: int | None
+    device_memory: int | None
+    disk: int | None
     attention: Attention | None
     residual: str
     layers_per_visit: int
@@ -183,7 +185,8 @@ def prepare(
         costs=_costs(layout, callbacks, targets, context, table, schedule(()), verify=request.verify),
         lengths=[batch.rows.stop - batch.rows.start for batch in table.microbatches],
         memory_free=min(machine.available_memory(), request.memory or sys.maxsize),
-        disk_free=machine.free_disk(out or Path(tempfile.gettempdir())),
+        device_free=min(machine.device_memory(device), request.device_memory or sys.maxsize),
+        disk_free=min(machine.free_disk(out or Path(tempfile.gettempdir())), request.disk or sys.maxsize),
         warnings=(*targets.warnings, *_beyond_training(model, prompts)),
     )
     return Prepared(

@@ -56,10 +56,11 @@ class Sweep:
     accelerator if there is one. out: the result's folder; None is a temporary one, gone with the result.
     batching: "packed" (no padding; a prompt's bits depend on the prompt alone) or "padded" (bit-equal to Hugging Face
     on the same padded batches, ``microbatch_size`` rows in dataset order). microbatch_tokens: size of a packed
-    microbatch. memory: RAM that the run may take, in bytes or as "8GB"; by default what is free. residual: where the
-    residual stream lives between layers. attn_implementation: "sdpa", "eager", None:
-    the family's default. layers_per_visit: how many layers are resident together. verify: compare with Hugging Face at
-    every layer while it runs, on a few prompts (`fpwap.watch`); needs transformers. progress: a bar, nothing, or a
+    microbatch. memory, device_memory, disk: what the run may take of each, in bytes or as "8GB"; by default what is
+    free. They choose where things lie and what is streamed, and never a bit of the result. residual: where the residual
+    stream lives between layers. attn_implementation: "sdpa", "eager", None: the family's default. layers_per_visit: how
+    many layers are resident together. verify: compare with Hugging Face at every layer while it runs, on a few prompts
+    (`fpwap.watch`); needs transformers. progress: a bar, nothing, or a
     callable that gets `ProgressEvent`s.
 
     Raises `RequestError` for arguments that are wrong in themselves; `preflight` and `run` raise the other
@@ -81,6 +82,8 @@ class Sweep:
         microbatch_size: int | None = None,
         microbatch_tokens: int | None = None,
         memory: int | str | None = None,
+        device_memory: int | str | None = None,
+        disk: int | str | None = None,
         truncation: Literal["error", "left", "right"] = "error",
         residual: Literal["auto", "device", "ram", "disk"] = "auto",
         attn_implementation: Attention | None = None,
@@ -127,6 +130,8 @@ class Sweep:
             microbatch_size=microbatch_size or MICROBATCH_SIZE,
             microbatch_tokens=microbatch_tokens,
             memory=_bytes("memory", memory),
+            device_memory=_bytes("device_memory", device_memory),
+            disk=_bytes("disk", disk),
             truncation=truncation,
             residual=residual,
             attention=attn_implementation,

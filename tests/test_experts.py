@@ -151,3 +151,15 @@ def test_a_run_stays_below_one_layer_of_experts(tmp_path: Path, checkpoint: Call
     chunks_taken, growth = map(int, done.stdout.split())
     assert chunks_taken > 1
     assert growth < memory
+
+
+@pytest.mark.parametrize("budget_", [{"memory": "100kB"}, {"disk": 1000}])
+def test_a_budget_that_is_too_small_is_a_blocker(
+    budget_: dict[str, Any], tmp_path: Path, checkpoint: Callable[[str], Path]
+) -> None:
+    callbacks = [RawActivations(layers="all", last_token_only=False)]
+    plan = Sweep(
+        checkpoint("llama"), DATASET, callbacks=callbacks, out=tmp_path / "out", device="cpu", **budget_
+    ).preflight()
+    (blocker,) = plan.blockers
+    assert f"and {budget_.get('memory', '1.0 kB').replace('100kB', '100 kB')} may be taken" in blocker

@@ -25,11 +25,11 @@ TYPES = {
     "checkpoint": {"formats"},
     "context": {"prompts"},
     "callbacks.common": {"callbacks.moments"},
-    "plan": {"machine", "residual", "sites"},
+    "plan": {"residual", "sites"},
     "weights": {"checkpoint", "formats"},
     "taps": {"prompts", "sites", "store"},
 }
-"""part -> parts whose types (and, of machine and sites, whose facts) it uses."""
+"""part -> parts whose types (and, of sites, whose facts) it uses."""
 
 
 def modules(package: str) -> Iterator[tuple[str, Path]]:

@@ -436,7 +436,7 @@ def test_preflight_was_always_feasible_in_no_memory(
             sweep = Sweep(folder, DATA, out=out, **request)  # type: ignore[arg-type]
             assert not sweep.preflight().feasible
             assert words in sweep.preflight().summary()
-            with pytest.raises(RequestError, match=f"{words} and 1.0 kB are free"):
+            with pytest.raises(RequestError, match=f"{words} and 1.0 kB may be taken"):
                 sweep.run()
             assert not out.exists()
 
