@@ -322,6 +322,8 @@ def dense_hooks(width: int) -> dict[str, Shape]:
 
 def sparse_hooks(experts: int, chosen: int) -> dict[str, Shape]:
     """What a mixture of experts shows: each token's logits over experts, and the ids of the chosen ones."""
+    if chosen > experts:
+        raise ArchError(f"config.json: each token is to choose {chosen} of {experts} experts")
     return {"router_logits": (experts,), "expert_ids": (chosen,)}
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import deepseek_v2
 from .batch import Batch
-from .contract import Keys, Tap, source
+from .contract import ArchError, Keys, Tap, source
 from .deepseek_v2 import Dense, Latent, check_groups, dense, hooks, of_groups, projected, summed
 from .ops import attention, joined_probabilities, joined_sdpa, rms_norm
 from .rope import rotary, rotate
@@ -60,6 +60,8 @@ class Config(Latent):
             interleaved=keys.flag("rope_interleave", True),
         )
         check_groups(config)
+        if config.experts < 2 * config.groups:
+            raise ArchError(f"config.json: 'n_group' {config.groups} leaves fewer than two experts for a group's score")
         keys.finish(deepseek_v2.HARMLESS)
         return config
 

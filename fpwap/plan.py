@@ -5,6 +5,7 @@ bytes whatever memory is free. The plan is made from headers and lengths alone; 
 nothing. It is the only value that all parts share.
 """
 
+import html
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -122,6 +123,10 @@ class Plan:
             f": once, but for the experts of {counted(len(self.schedule.streamed), 'layer')} ({size(experts)}), which "
             f"do not fit and are read for each of {counted(len(chunks), 'chunk')} of the dataset"
         )
+
+    def _repr_html_(self) -> str:
+        """The summary, in a notebook."""
+        return f"<pre>{html.escape(self.summary())}</pre>"
 
     def summary(self) -> str:
         """The page a person reads before a run."""

@@ -97,6 +97,8 @@ def open_model(name: str, revision: str | None) -> Model:
         text = archs.text_config(raw)
         stored = quantisation(text)
         config = family.config({key: value for key, value in text.items() if key != "quantization_config"})
+        for layer in range(config.layers):
+            family.hooks(config, layer)  # refuses what the sizes of a layer rule out
     except (ArchError, ModelError) as error:
         raise ModelError(f"{name}: {error}") from error
     return Model(files=files, family=family, raw=raw, text=text, config=config, quantisation=stored)

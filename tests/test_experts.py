@@ -1,5 +1,6 @@
 """Experts that do not fit: streamed one at a time, read once per chunk, with the bits of resident ones."""
 
+import html
 import subprocess
 import sys
 from collections.abc import Callable
@@ -163,3 +164,4 @@ def test_a_budget_that_is_too_small_is_a_blocker(
     ).preflight()
     (blocker,) = plan.blockers
     assert f"and {budget_.get('memory', '1.0 kB').replace('100kB', '100 kB')} may be taken" in blocker
+    assert plan._repr_html_() == f"<pre>{html.escape(plan.summary())}</pre>"

@@ -153,6 +153,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func"),
     ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq"),
     ("deepseek_v3", {"n_group": 3}, "n_group"),
+    ("deepseek_v3", {"n_routed_experts": 4, "n_group": 4, "topk_group": 2}, "'n_group' 4 leaves fewer than two"),
     ("deepseek_v3", {"num_key_value_heads": 1}, "num_key_value_heads"),
     ("deepseek_v3", {"mlp_bias": True}, "mlp_bias"),
 ]

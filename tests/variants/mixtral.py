@@ -38,6 +38,7 @@ VARIANTS = {
 REFUSED = [
     ("mixtral", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ("mixtral", {"num_experts_per_tok": 0}, "num_experts_per_tok"),
+    ("mixtral", {"num_experts_per_tok": 6}, "choose 6 of 5 experts"),
 ]
 FAULTS = [
     ("scores = scores / scores.sum(-1, keepdim=True)", "scores = scores / 1", "mixtral"),
