@@ -102,6 +102,11 @@ class Variant:
         return values | ({"tie_word_embeddings": True} if self.head != "own" else {})
 
 
+def head_norms(name: str, like: Tensor, values: Tensor) -> Tensor | None:
+    """`Checks.draw` of families that normalise queries and keys: scores are as large as these norms' weights."""
+    return 1 + 0.3 * values if name.endswith(("q_norm.weight", "k_norm.weight")) else None
+
+
 def rope(kind: str, **parameters: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, **parameters}}
 

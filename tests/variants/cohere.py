@@ -4,8 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from checkpoints import VOCAB, Checks, Variant, rope
-from torch import Tensor
+from checkpoints import VOCAB, Checks, Variant, head_norms, rope
 
 CONFIG: dict[str, Any] = {
     "model_type": "cohere",
@@ -35,12 +34,7 @@ POINTS = {
 }
 
 
-def draw(name: str, like: Tensor, values: Tensor) -> Tensor | None:
-    """The size of scores is that of the weights of the heads' norms."""
-    return 1 + 0.3 * values if name.endswith(("q_norm.weight", "k_norm.weight")) else None
-
-
-COHERE = Checks(config=CONFIG, points=POINTS, sums="x + a + m", draw=draw)
+COHERE = Checks(config=CONFIG, points=POINTS, sums="x + a + m", draw=head_norms)
 CHECKS = {
     "cohere": COHERE,
     "cohere_plus": replace(

@@ -3,14 +3,7 @@
 from typing import Any
 
 import torch
-from checkpoints import LONGEST, VOCAB, Checks, Variant, rope
-from torch import Tensor
-
-
-def draw(name: str, like: Tensor, values: Tensor) -> Tensor | None:
-    """The size of scores is that of the weights of the norms."""
-    return 1 + 0.3 * values if name.endswith(("q_norm.weight", "k_norm.weight")) else None
-
+from checkpoints import LONGEST, VOCAB, Checks, Variant, head_norms, rope
 
 CHECKS = {
     "olmo2": Checks(
@@ -39,7 +32,7 @@ CHECKS = {
             "mlp_out": "post_feedforward_layernorm out",
         },
         fused="q_norm|k_norm",
-        draw=draw,
+        draw=head_norms,
     )
 }
 YARN = rope("yarn", factor=4.0, original_max_position_embeddings=LONGEST - 4)

@@ -3,13 +3,7 @@
 from typing import Any
 
 import torch
-from checkpoints import LONGEST, VOCAB, Checks, Variant
-from torch import Tensor
-
-
-def draw(name: str, like: Tensor, values: Tensor) -> Tensor | None:
-    """The size of scores is that of the weights of the norms."""
-    return 1 + 0.3 * values if name.endswith(("q_norm.weight", "k_norm.weight")) else None
+from checkpoints import LONGEST, VOCAB, Checks, Variant, head_norms
 
 
 def ropes(full: dict[str, Any], sliding: dict[str, Any]) -> dict[str, Any]:
@@ -50,7 +44,7 @@ CHECKS = {
             "mlp_out": "post_feedforward_layernorm out",
         },
         fused="q_norm|k_norm",
-        draw=draw,
+        draw=head_norms,
     )
 }
 

@@ -3,14 +3,7 @@
 from typing import Any
 
 import torch
-from checkpoints import LONGEST, VOCAB, Checks, Variant, rope
-from torch import Tensor
-
-
-def draw(name: str, like: Tensor, values: Tensor) -> Tensor | None:
-    """The size of scores is that of the weights of the norms."""
-    return 1 + 0.3 * values if name.endswith(("q_norm.weight", "k_norm.weight")) else None
-
+from checkpoints import LONGEST, VOCAB, Checks, Variant, head_norms, rope
 
 CHECKS = {
     "qwen3": Checks(
@@ -41,7 +34,7 @@ CHECKS = {
             "mlp_out": "mlp out",
         },
         fused="q_norm|k_norm",
-        draw=draw,
+        draw=head_norms,
     )
 }
 SLIDING = {"use_sliding_window": True}
