@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -208,10 +209,16 @@ def _hooks(value: str) -> list[str]:
 # --- the commands ---------------------------------------------------------------------------------------------------
 
 
+def _tokenizer_folder(options: argparse.Namespace) -> Path:
+    """Where the model's ``tokenizer.json`` is, fetched if it is a hub model's."""
+    from . import hub
+
+    return hub.fetch(hub.locate(options.model, options.revision), [text.TOKENIZER]).folder
+
+
 @contextmanager
 def _asked(options: argparse.Namespace, *, progress: bool) -> Iterator["Sweep"]:
     """The sweep that the options ask for, while its prompt file is open."""
-    from . import hub
     from .callbacks.common import RawActivations
     from .sweep import Sweep
 
@@ -223,10 +230,7 @@ def _asked(options: argparse.Namespace, *, progress: bool) -> Iterator["Sweep"]:
         case several:
             which = {"positions": several}
 
-    def tokenizer_folder() -> Path:
-        return hub.fetch(hub.locate(options.model, options.revision), [text.TOKENIZER]).folder
-
-    with text.open_prompts(options.prompts, tokenizer_folder) as prompts:
+    with text.open_prompts(options.prompts, partial(_tokenizer_folder, options)) as prompts:
         yield Sweep(
             options.model,
             prompts,
@@ -316,7 +320,6 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from . import hub
     from .draft import draft
     from .sweep import as_dtype
     from .verify import verify
@@ -326,8 +329,7 @@ def _verify(options: argparse.Namespace) -> int:
         return 0
     prompts = None
     if options.prompts is not None:
-        places = lambda: hub.fetch(hub.locate(options.model, options.revision), [text.TOKENIZER]).folder  # noqa: E731
-        with text.open_prompts(options.prompts, places) as rows:
+        with text.open_prompts(options.prompts, partial(_tokenizer_folder, options)) as rows:
             prompts = [row["input_ids"] for row in rows]
     report = verify(
         options.model,
