@@ -125,10 +125,10 @@ class Watch:
             case "norm":
                 assert self._stream is not None
                 self._normed = self._ours.norm(self._stream, weights)
-                self._part("final_norm", self._normed, hf.norm_and_logits(self._stream)[0])
+                normed, self._logits = hf.norm_and_logits(self._stream)
+                self._part("final_norm", self._normed, normed)
             case "head":
-                assert self._stream is not None
-                self._part("logits", self._ours.unembed(self._normed, weights), hf.norm_and_logits(self._stream)[1])
+                self._part("logits", self._ours.unembed(self._normed, weights), self._logits)
 
     def certificate(self) -> dict[str, Any]:
         """What was compared, as an entry of the manifest."""

@@ -122,6 +122,20 @@ def test_prompts_that_are_exchanged_from_the_start_stop_it(
         run(checkpoint("llama_gqa"), prompts([LONGEST] * 3, seed=1), RawActivations([-1]), *writers, verify=True)
 
 
+@pytest.mark.parametrize(
+    ("part", "hook"), [("embed", "embedding"), ("final_norm", "final_norm"), ("unembed", "logits")]
+)
+def test_a_part_outside_the_layers_that_is_off_stops_it(
+    part: str, hook: str, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maths: Callable[..., Tensor] = getattr(archs.llama, part)
+    off: dict[str, Any] = {part: lambda *given: maths(*given) * 1.001}
+    family = dataclasses.replace(archs.llama.FAMILY, **off)
+    monkeypatch.setattr(archs, "FAMILIES", (family,))
+    with pytest.raises(VerificationError, match=f"model, hook '{hook}': our result and Hugging Face's differ"):
+        run(checkpoint("llama_gqa"), DATASET, RawActivations([], "logits"), verify=True)
+
+
 def test_a_router_that_is_off_in_packed_form_stops_it(
     checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
