@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 class Conformance:
-    """Says at the end what of the conformance grid was compared with Hugging Face, and what was deselected."""
+    """Says at the end what of the conformance grid was compared with Hugging Face, and what was deselected.
+
+    Where workers share the suite, each of them deselects the same tests and tells the one that reports.
+    """
 
     def __init__(self) -> None:
         self.equal, self.deselected, self.seen = 0, 0, (set[str](), set[str](), set[str]())
@@ -27,6 +31,14 @@ class Conformance:
 
     def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
         self.deselected += sum(self._is_ours(item.nodeid) for item in items)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["deselected"] = self.deselected
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        self.deselected = max(self.deselected, getattr(node, "workeroutput", {}).get("deselected", 0))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" and report.passed and self._is_ours(report.nodeid):
