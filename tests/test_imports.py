@@ -19,8 +19,8 @@ OUTER = {
     *("verify", "watch"),
 }
 """May import parts."""
-VOCABULARY = {"errors", "schedule", "callbacks.base"}
-"""Words that all parts share: exceptions, stages, sites and what callbacks return."""
+VOCABULARY = {"errors", "schedule", "callbacks.base", "device"}
+"""Words that all parts share: exceptions, stages, sites, what callbacks return, and the device."""
 TYPES = {
     "checkpoint": {"formats"},
     "context": {"prompts"},
