@@ -25,6 +25,7 @@ TYPES = {
     "checkpoint": {"formats"},
     "context": {"prompts"},
     "callbacks.common": {"callbacks.moments"},
+    "outbox": {"store"},
     "plan": {"residual", "sites"},
     "weights": {"checkpoint", "formats"},
     "taps": {"prompts", "sites", "store"},
