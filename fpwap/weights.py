@@ -1,46 +1,56 @@
-"""The weights of one stage at a time, read from the shards.
+"""The weights of one stage at a time, read from the shards into a ring of slots.
 
-`Weights` reads stages in the order of the schedule, the next ones on a thread while this one computes. A field whose
-bytes need no change (same dtype, on the CPU, aligned, its pieces side by side) is a map of the file, never a copy; any
-other is read into a buffer that the ring of resident stages reuses, decoded and cast once. The experts of a layer
-are read with it, or, where the plan says that they do not fit, one at a time when the maths asks for them.
+A thread reads stages in the order of the schedule while the caller computes; a slot that is released takes the stage
+whose turn it is. On the CPU a field whose bytes need no change is never copied: it is a view of a map of the file
+(resident), or of the slot into which the file was read (stream). On an accelerator slots are slabs of its memory,
+filled from pinned staging buffers on a stream of its own. What does not fit is read in turns, when the maths asks for
+it: the experts of a layer one at a time, the head a piece of the vocabulary at a time.
 
-The maths is not known here, nor how a folder is laid out: only which bytes each field takes.
+The maths is not known here, nor how a folder is laid out: only which bytes each field takes (`fpwap.recipes`).
 """
 
+import contextlib
 import mmap
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import fields
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from archs.contract import Resident
 
-from .checkpoint import FP8_SCALES, MXFP4, STORED, Checkpoint, Entry, Layout, Parcel, Piece, Slot, aligned
-from .errors import ModelError
-from .formats import Quantisation, fp8_blocks, mxfp4
+from .checkpoint import FP8_SCALES, MXFP4, STORED, Checkpoint, Entry, Layout, Parcel, Piece, Slot
+from .device import Cpu, Device, Event
+from .formats import Quantisation
+from .reading import Reader, Shards, whole_pages
+from .recipes import ROOM, Batch, Recipe, Way, recipe, slices, slot_size, without_experts
 from .schedule import Stage
 
-CHUNK = 1 << 28
-"""Bytes of one read call: far below the 2 GiB at which one call stops short."""
-STRIP = 1 << 24
-"""Elements that are read and cast at once."""
+Moved = Callable[[int, float], None]
+Loading = Literal["resident", "stream"]
+
+STAGINGS = 4
+"""Staging buffers of an accelerator's reader: one is read into while others are on their way."""
+PIECE, PIECE_ROWS = 96 << 20, 4096
+"""Bytes of a piece of the head, about; and what its rows are a multiple of."""
 
 
 class Weights:
     """Hands out the weights of stages in a fixed order, reading ahead.
 
-    stages: the order in which `acquire` will be called. resident: how many stages are held at once; one more is read
-    ahead. stream_experts: read experts when they are asked for, two at a time in memory. What `acquire` returned is
-    good until its `release`, no longer: buffers are reused. Failures of the reader thread come out of `acquire`.
-    ``moved(bytes, seconds)`` is told of everything read.
+    stages: the order in which `acquire` will be called. ring: how many stages are in memory at once, held ones and
+    those being read; a resident model on an accelerator is there whole and read once. streamed: stages whose experts,
+    or whose vocabulary, are read in turns, two in memory. rows: ascending ids of the vocabulary that the embedding is
+    to hold, None for all. What `acquire` returned is good until its `release`, no longer. Failures of the reader come
+    out of `acquire`, or of the iterator. ``moved(bytes, seconds)`` is told of everything read, by the thread that read
+    it. Raises `ModelError`.
     """
 
     def __init__(
@@ -49,220 +59,290 @@ class Weights:
         layout: Layout,
         stages: Sequence[Stage],
         *,
-        resident: int,
-        stream_experts: bool,
+        loading: Loading,
+        ring: int,
+        streamed: frozenset[Stage],
+        rows: NDArray[np.int64] | None,
         dtype: torch.dtype,
-        device: torch.device,
-        moved: Callable[[int, float], None],
+        device: Device,
+        moved: Moved,
     ) -> None:
-        self._layout, self._stream, self._moved = layout, stream_experts, moved
-        self._files = _Files(checkpoint.folder, dtype, device)
-        self._waiting = deque(stages)
-        self._reading: deque[tuple[Stage, Future[Any]]] = deque()
-        self._buffers: deque[_Buffer] = deque(_Buffer() for _ in range(resident + 1))
-        self._held: list[tuple[Stage, _Buffer]] = []
-        shards = {
-            entry.shard for s in set(stages) for slot in layout[s].slots for p in slot.pieces for entry in p.stored
-        }
-        for shard in sorted(shards):
-            self._files.open(shard)
+        self._device, self._layout, self._dtype, self._moved = device, layout, dtype, moved
+        self._way: Way = "stage" if device.asynchronous else "map" if loading == "resident" else "slot"
+        self._kept = device.asynchronous and loading == "resident"
+        self._order = list(dict.fromkeys(stages)) if self._kept else list(stages)
+        self._given = self._read = 0
+        self._reading: deque[tuple[Stage, Future[_Loaded]]] = deque()
+        self._held: deque[tuple[Stage, _Slab]] = deque()
+        self._everything: dict[Stage, Future[_Loaded]] = {}
+        self._turns: _Turns | None = None
+        self._streamed = streamed
+
+        self._recipes = {stage: self._recipe(layout[stage], stage, rows) for stage in dict.fromkeys(stages)}
+        turns = [parcel for stage in self._recipes for parcel in self._in_turns(layout[stage], stage)]
+        entries = {e for s in self._recipes for slot in layout[s].slots for p in slot.pieces for e in p.stored}
+        self._shards = Shards(checkpoint.folder, sorted({entry.shard for entry in entries}))
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fpwap-weights")
-        self._experts = ThreadPoolExecutor(1, thread_name_prefix="fpwap-experts")
-        self._turns = (_Buffer(), _Buffer())
-        self._read_ahead()
+        try:
+            count = len(self._order) if self._kept else ring
+            sizes = [max((self._recipes[s].size for s in self._order[k::count]), default=0) for k in range(count)]
+            self._slabs = [_Slab(device, size) for size in sizes]
+            room = max((found.room for found in self._recipes.values()), default=0)
+            self._loader = _Loader(self._shards, device, direct=loading == "stream", room=room)
+            if turns:
+                self._turns = _Turns(self._shards, device, dtype, turns, moved)
+            for _ in range(count):
+                self._read_ahead()
+        except BaseException:
+            self.close()
+            raise
 
     def acquire(self, stage: Stage) -> Any:
-        """The stage's weights, an instance of its weights class; waits until they are read."""
-        expected, future = self._reading.popleft()
-        assert stage == expected, f"stages are acquired in order: {expected}, not {stage}"
-        return future.result()
+        """The stage's weights, an instance of its weights class, or a `Head`; waits until they are read.
+
+        On an accelerator the maths waits for them, not the caller.
+        """
+        if self._kept:
+            loaded = self._everything[stage].result()
+        else:
+            expected, future = self._reading.popleft()
+            assert stage == expected, f"stages are acquired in order: {expected}, not {stage}"
+            loaded = future.result()
+        self._device.compute.wait(loaded.ready)
+        return loaded.weights
 
     def release(self, stage: Stage) -> None:
-        """The stage is done with: its buffer goes to the next stage to be read."""
-        held = next(index for index, (name, _) in enumerate(self._held) if name == stage)
-        self._buffers.append(self._held.pop(held)[1])
+        """The stage is done with, in the order of `acquire`; another one may take its slot."""
+        if self._kept:
+            return
+        held, slab = self._held.popleft()
+        assert stage == held, f"stages are released in order: {held}, not {stage}"
+        slab.used(self._device)
         self._read_ahead()
 
     def close(self) -> None:
-        """Ends the threads and closes the files; maps that are still referenced stay valid."""
-        for pool in (self._pool, self._experts):
-            pool.shutdown(wait=True, cancel_futures=True)
-        self._files.close()
-        self._buffers.clear()
-        self._held.clear()
+        """Ends the threads, whatever they are at, and closes the files; maps that are still referenced stay valid."""
+        self._shards.closing.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        for part in (getattr(self, "_loader", None), self._turns):
+            if part is not None:
+                part.close()
+        self._turns = None
+        self._shards.close()
+        for held in (self._reading, self._held, self._everything):
+            held.clear()
+        self._slabs = []
 
     def _read_ahead(self) -> None:
-        while self._waiting and self._buffers:
-            stage, buffer = self._waiting.popleft(), self._buffers.popleft()
-            self._held.append((stage, buffer))
-            self._reading.append((stage, self._pool.submit(self._stage, stage, buffer)))
+        if self._read == len(self._order):
+            return
+        stage, slab = self._order[self._read], self._slabs[self._read % len(self._slabs)]
+        self._read += 1
+        future = self._pool.submit(self._stage, stage, slab, slab.free)
+        if self._kept:
+            self._everything[stage] = future
+        else:
+            self._reading.append((stage, future))
+            self._held.append((stage, slab))
 
-    def _stage(self, stage: Stage, buffer: "_Buffer") -> Any:
-        started, parcel = time.perf_counter(), self._layout[stage]
-        streamed = self._stream and bool(parcel.experts)
-        with torch.no_grad():
-            weights = self._files.read(parcel, buffer, self._handles if streamed else None)
-        self._moved(parcel.own_size if streamed else parcel.size, time.perf_counter() - started)
-        return weights
+    def _recipe(self, parcel: Parcel, stage: Stage, rows: NDArray[np.int64] | None) -> Recipe:
+        if stage in self._streamed:
+            parcel = Parcel(parcel.weights, {}, {}) if stage.kind == "head" else without_experts(parcel)
+        return recipe(parcel, self._dtype, self._way, rows if stage.kind == "embed" else None)
 
-    def _handles(self, parcels: Sequence[Parcel]) -> "Streamed":
-        return Streamed(parcels, self._files, self._experts, self._turns, self._moved)
+    def _in_turns(self, parcel: Parcel, stage: Stage) -> Sequence[Parcel]:
+        if stage not in self._streamed:
+            return ()
+        if stage.kind == "head":
+            return slices(parcel, self._dtype, PIECE, PIECE_ROWS)
+        return [expert for parcels in parcel.experts.values() for expert in parcels]
+
+    def _stage(self, stage: Stage, slab: "_Slab", free: Event) -> "_Loaded":
+        started, found = time.perf_counter(), self._recipes[stage]
+        self._shards.check(entry for slot in found.parcel.slots for p in slot.pieces for entry in p.stored)
+        loaded = self._loader.load(found, slab.memory, free)
+        whole, turns = self._layout[stage], self._turns
+        weights: Any = loaded.weights
+        if stage.kind == "head":
+            weights = Head(weights, whole, self._in_turns(whole, stage), turns)
+        elif turns is not None and stage in self._streamed:
+            handles = {field: Streamed(parcels, turns) for field, parcels in whole.experts.items()}
+            weights = replace(weights, **handles)
+        self._moved(found.read, time.perf_counter() - started)
+        return _Loaded(weights, loaded.ready)
+
+
+class Head:
+    """The head's weights, whole or in pieces of the vocabulary."""
+
+    def __init__(self, whole: Any, parcel: Parcel, pieces: Sequence[Parcel], turns: "_Turns | None") -> None:
+        self._whole, self._parcel, self._pieces, self._turns = whole, parcel, pieces, turns
+
+    def pieces(self) -> Iterator[Any]:
+        """In the order of the vocabulary; each is good until the next is asked for."""
+        return iter((self._whole,)) if not self._pieces or self._turns is None else self._turns.each(self._pieces)
+
+    @property
+    def whole(self) -> Any:
+        """All of it at once; read into memory of its own where it comes in pieces."""
+        return self._whole if not self._pieces or self._turns is None else self._turns.alone(self._parcel)
 
 
 class Streamed:
-    """A layer's experts, each read when its turn comes, the next one meanwhile (`archs.contract.Experts`).
+    """A layer's experts, each read when its turn comes, the next one meanwhile (`archs.contract.Experts`)."""
 
-    buffers: of all layers, as one layer is iterated at a time.
-    """
-
-    def __init__(
-        self,
-        parcels: Sequence[Parcel],
-        files: "_Files",
-        pool: ThreadPoolExecutor,
-        buffers: "tuple[_Buffer, _Buffer]",
-        moved: Callable[[int, float], None],
-    ) -> None:
-        self._parcels, self._files, self._pool, self._moved = parcels, files, pool, moved
-        self._buffers = buffers
+    def __init__(self, parcels: Sequence[Parcel], turns: "_Turns") -> None:
+        self._parcels, self._turns = parcels, turns
 
     def __len__(self) -> int:
         return len(self._parcels)
 
     def each(self, wanted: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        ahead: deque[Future[Any]] = deque()
+        with contextlib.closing(self._turns.each([self._parcels[index] for index in wanted])) as weights:
+            yield from zip(wanted, weights, strict=True)
+
+
+class _Slab:
+    """Memory of one slot. free: when what was last in it is done with; before that, whoever had the memory before."""
+
+    def __init__(self, device: Device, size: int) -> None:
+        self.memory = device.memory(size)
+        self.used(device)
+
+    def used(self, device: Device) -> None:
+        """The maths has been given all that it does with the slot."""
+        self.free = device.compute.record(self.memory)
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """An instance of a weights class. ready: when its tensors hold what they should."""
+
+    weights: Any
+    ready: Event
+
+
+class _Turns:
+    """Parcels that are read one after the other into two slots, the next one while the caller computes with this one.
+
+    One caller at a time, and one of its iterations at a time.
+    """
+
+    def __init__(
+        self, shards: Shards, device: Device, dtype: torch.dtype, parcels: Sequence[Parcel], moved: Moved
+    ) -> None:
+        self._shards, self._device, self._dtype, self._moved = shards, device, dtype, moved
+        self._way: Way = "stage" if device.asynchronous else "slot"
+        alike = {
+            tuple((p.values.dtype, p.shape) for slot in parcel.slots for p in slot.pieces): parcel for parcel in parcels
+        }
+        size = max(slot_size(parcel, dtype, self._way) for parcel in alike.values())
+        room = max(recipe(parcel, dtype, self._way).room for parcel in alike.values())
+        self._slabs = (_Slab(device, size), _Slab(device, size))
+        self._loader = _Loader(shards, device, direct=True, room=room)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="fpwap-turns")
+
+    def each(self, parcels: Sequence[Parcel]) -> Generator[Any]:
+        """Their weights, each good until the next is asked for."""
+        ahead: deque[Future[_Loaded]] = deque()
         try:
-            for turn in range(len(wanted) + 1):
-                if turn < len(wanted):
-                    ahead.append(self._pool.submit(self._read, wanted[turn], self._buffers[turn % 2]))
+            for turn in range(len(parcels) + 1):
+                if turn < len(parcels):
+                    slab = self._slabs[turn % 2]
+                    ahead.append(self._pool.submit(self._read, parcels[turn], slab.memory, slab.free))
                 if turn:
-                    yield wanted[turn - 1], ahead.popleft().result()
-                if turn > 1:  # the last one is still in the caller's hands
-                    self._files.forget(self._parcels[wanted[turn - 2]])
-        finally:  # nobody may write into a buffer that is given out again
+                    loaded = ahead.popleft().result()
+                    self._device.compute.wait(loaded.ready)
+                    try:
+                        yield loaded.weights
+                    finally:
+                        self._slabs[(turn - 1) % 2].used(self._device)
+        finally:  # nobody may write into a slot that is given out again
             wait(ahead)
 
-    def _read(self, index: int, buffer: "_Buffer") -> Any:
-        started, parcel = time.perf_counter(), self._parcels[index]
-        with torch.no_grad():
-            weights = self._files.read(parcel, buffer)
-        self._moved(parcel.size, time.perf_counter() - started)
-        return weights
-
-
-class _Files:
-    """The open shards of a checkpoint, and how a weights class is filled from them."""
-
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-        self._folder, self._dtype, self._device = folder, dtype, device
-        self._open: dict[str, int] = {}
-
-    def open(self, shard: str) -> None:
-        path = self._folder / shard
-        try:
-            if shard not in self._open:
-                self._open[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise ModelError(f"{path} cannot be opened: {error.strerror}") from error
+    def alone(self, parcel: Parcel) -> Any:
+        """Its weights in memory of their own."""
+        slab = _Slab(self._device, slot_size(parcel, self._dtype, self._way))
+        loaded = self._pool.submit(self._read, parcel, slab.memory, slab.free).result()
+        self._device.compute.wait(loaded.ready)
+        return loaded.weights
 
     def close(self) -> None:
-        for fd in self._open.values():
-            os.close(fd)
-        self._open.clear()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._loader.close()
 
-    def forget(self, parcel: Parcel) -> None:
-        """The page cache need not keep what this parcel was read from."""
-        for slot in parcel.slots:
-            for piece in slot.pieces:
-                for entry in piece.stored:
-                    begin, size = entry.row(piece.row, piece.rows)
-                    os.posix_fadvise(self._open[entry.shard], begin, size, os.POSIX_FADV_DONTNEED)
+    def _read(self, parcel: Parcel, memory: Tensor, free: Event) -> _Loaded:
+        started = time.perf_counter()
+        self._shards.check(entry for slot in parcel.slots for p in slot.pieces for entry in p.stored)
+        found = recipe(parcel, self._dtype, self._way)
+        loaded = self._loader.load(found, memory, free)
+        self._moved(found.read, time.perf_counter() - started)
+        return loaded
 
-    def read(self, parcel: Parcel, buffer: "_Buffer", handle: Callable[[Sequence[Parcel]], Any] | None = None) -> Any:
-        """An instance of the parcel's class. handle: makes the handle to experts that are not read now."""
-        buffer.reserve(parcel.copied(self._dtype, self._device, experts=handle is None))
-        slots = parcel.slots if handle is None else parcel.fields.values()
-        maps = _Maps([slot for slot in slots if slot.maps(self._dtype, self._device)], self._open)
-        return self._fill(parcel, buffer, maps, handle)
 
-    def _fill(
-        self, parcel: Parcel, buffer: "_Buffer", maps: "_Maps", handle: Callable[[Sequence[Parcel]], Any] | None = None
-    ) -> Any:
-        values: dict[str, Any] = {field: self._tensor(slot, buffer, maps) for field, slot in parcel.fields.items()}
-        for field, parcels in parcel.experts.items():
-            if handle is None:
-                values[field] = Resident([self._fill(expert, buffer, maps) for expert in parcels])
+class _Loader:
+    """One thread's way from the shards into slots, on a stream of its own. room: bytes of a staging buffer."""
+
+    def __init__(self, shards: Shards, device: Device, *, direct: bool, room: int) -> None:
+        self._shards, self._device = shards, device
+        self._reader, self._stream = Reader(shards, direct=direct), device.stream()
+        count = STAGINGS if device.asynchronous else 1
+        self._staging = deque(_Staging(device, room) for _ in range(count if room else 0))
+
+    def load(self, found: Recipe, memory: Tensor, free: Event) -> _Loaded:
+        """Fills a slot, once it is ``free``, and makes the weights that lie there. Raises `ModelError`, `Closed`."""
+        self._stream.wait(free)
+        for extent, start in found.extents:
+            self._reader.read(extent, memory[start : start + whole_pages(extent.size)])
+        for batch in found.batches:
+            self._batch(batch, memory)
+        maps = _Maps(found, self._shards)
+        places = zip(found.parcel.slots, found.places, strict=True)
+        tensors = (maps.tensor(slot) if place is None else place.of(memory) for slot, place in places)
+        return _Loaded(_instance(found.parcel, tensors), self._stream.record())
+
+    def close(self) -> None:
+        """Whatever is on its way arrives."""
+        self._reader.close()
+        self._stream.record().synchronize()
+        self._staging.clear()
+
+    def _batch(self, batch: Batch, memory: Tensor) -> None:
+        read, gathered = self._next(), batch.gathered()
+        for extent, start in gathered.extents:
+            self._reader.read(extent, read.memory[start : start + whole_pages(extent.size)])
+        starts = iter(gathered.starts)
+        made = self._next() if self._device.asynchronous and any(strip.make for strip in batch.strips) else None
+        used = 0
+        for strip in batch.strips:
+            out = memory[strip.start : strip.start + strip.size]
+            raw = [read.memory[start : start + span.size] for span, start in zip(strip.spans, starts, strict=False)]
+            if strip.make is None:
+                self._stream.copy(out, raw[0])
+            elif made is None:
+                strip.make(raw, out)
             else:
-                values[field] = handle(parcels)
-        return parcel.weights(**{field.name: values.get(field.name) for field in fields(parcel.weights)})
+                part = made.memory[used : used + strip.size]
+                strip.make(raw, part)
+                self._stream.copy(out, part)
+                used += -(-strip.size // ROOM) * ROOM
+        for staging in (read, made):
+            if staging is not None:
+                staging.free = self._stream.record()
 
-    def _tensor(self, slot: Slot, buffer: "_Buffer", maps: "_Maps") -> Tensor:
-        dtype = slot.dtype or self._dtype
-        for piece in slot.pieces:
-            for entry in piece.stored:
-                if os.fstat(self._open[entry.shard]).st_size < entry.start + entry.size:
-                    raise ModelError(
-                        f"{self._folder / entry.shard} was truncated while it was read: {entry.name} is cut off"
-                    )
-        if slot.maps(self._dtype, self._device):
-            return maps.tensor(slot, dtype)
-        out = buffer.take(aligned(slot, self._dtype), dtype, slot.shape)
-        for piece, part in zip(slot.pieces, out.chunk(len(slot.pieces)), strict=True):
-            if piece.format == "plain":
-                self._cast(piece, part.view(-1))
-            else:
-                _decode(piece, [self.raw(entry, piece) for entry in piece.stored], part)
-        return out.to(self._device)
-
-    def _cast(self, piece: Piece, out: Tensor) -> None:
-        """Plain values into ``out [elements]``, a strip at a time."""
-        entry = piece.values
-        begin, _ = entry.row(piece.row, piece.rows)
-        stored = STORED[entry.dtype]
-        for first in range(0, len(out), STRIP):
-            part = out[first : first + STRIP]
-            raw = torch.empty(len(part) * stored.itemsize, dtype=torch.uint8)
-            start = begin + first * stored.itemsize
-            _read_exactly(self._open[entry.shard], start, raw.numpy().data, self._folder / entry.shard)
-            part.copy_(raw.view(stored))
-
-    def raw(self, entry: Entry, piece: Piece) -> Tensor:
-        """The stored values of one piece."""
-        begin, size = entry.row(piece.row, piece.rows)
-        raw = torch.empty(size, dtype=torch.uint8)
-        _read_exactly(self._open[entry.shard], begin, raw.numpy().data, self._folder / entry.shard)
-        shape = entry.shape if piece.rows == 1 else entry.shape[1:]
-        return raw.view(STORED[entry.dtype]).view(shape)
+    def _next(self) -> "_Staging":
+        """A staging buffer from which all copies have been done."""
+        self._staging.rotate(-1)
+        self._staging[0].free.synchronize()
+        return self._staging[0]
 
 
-def _decode(piece: Piece, stored: Sequence[Tensor], out: Tensor) -> None:
-    """Writes a piece's values as they are computed with; one rounding, to the dtype of ``out``."""
-    match piece.format:
-        case "fp8":
-            assert piece.quantised is not None and piece.quantised.block is not None
-            fp8_blocks(stored[0], stored[1], piece.quantised.block, out)
-        case "mxfp4":
-            mxfp4(stored[0], stored[1], out.t())
-        case other:
-            raise AssertionError(other)
+class _Staging:
+    """RAM from which a device copies. free: when it has."""
 
-
-class _Buffer:
-    """The bytes of one stage's copied tensors, carved up as they come; grows to the largest stage it held."""
-
-    def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
-        self._used = 0
-
-    def reserve(self, size: int) -> None:
-        self._used = 0
-        if self._bytes.numel() < size:
-            self._bytes = torch.empty(size, dtype=torch.uint8)
-
-    def take(self, size: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        start, self._used = self._used, self._used + size
-        count = torch.Size(shape).numel()
-        return self._bytes[start : start + count * dtype.itemsize].view(dtype).view(shape)
+    def __init__(self, device: Device, size: int) -> None:
+        self.memory = device.pinned(size)
+        self.free = device.compute.record()
 
 
 class _Maps:
@@ -271,39 +351,36 @@ class _Maps:
     Nobody writes, so the pages are the page cache's own; a tensor keeps its map alive.
     """
 
-    def __init__(self, slots: Sequence[Slot], files: Mapping[str, int]) -> None:
-        self._files = files
+    def __init__(self, found: Recipe, shards: Shards) -> None:
+        self._shards = shards
         self._parts: dict[str, tuple[int, int]] = {}
         self._maps: dict[str, mmap.mmap] = {}
-        for slot in slots:
-            shard, begin, size = slot.stretch
-            first, last = self._parts.get(shard, (begin, begin + size))
-            self._parts[shard] = min(first, begin), max(last, begin + size)
+        for slot, place in zip(found.parcel.slots, found.places, strict=True):
+            if place is None:
+                shard, begin, size = slot.stretch
+                first, last = self._parts.get(shard, (begin, begin + size))
+                self._parts[shard] = min(first, begin), max(last, begin + size)
 
-    def tensor(self, slot: Slot, dtype: torch.dtype) -> Tensor:
+    def tensor(self, slot: Slot) -> Tensor:
+        dtype = STORED[slot.pieces[0].values.dtype]
         shard, begin, size = slot.stretch
         first, last = self._parts[shard]
         first -= first % mmap.ALLOCATIONGRANULARITY
-        fd = self._files[shard]
+        descriptor = self._shards.descriptor(shard)
         if shard not in self._maps:
-            self._maps[shard] = mmap.mmap(fd, last - first, mmap.MAP_PRIVATE, offset=first)
-        os.posix_fadvise(fd, begin, size, os.POSIX_FADV_WILLNEED)
+            self._maps[shard] = mmap.mmap(descriptor, last - first, mmap.MAP_PRIVATE, offset=first)
+        os.posix_fadvise(descriptor, begin, size, os.POSIX_FADV_WILLNEED)
         flat = torch.frombuffer(self._maps[shard], dtype=dtype, count=size // dtype.itemsize, offset=begin - first)
         flat.view(torch.uint8)[:: mmap.PAGESIZE].max()  # the pages are read here, not in the maths
         return flat.view(slot.shape)
 
 
-def _read_exactly(fd: int, start: int, out: memoryview, path: Path) -> None:
-    """Fill ``out`` from byte ``start``, however short the single reads are."""
-    done = 0
-    while done < len(out):
-        try:
-            got = os.preadv(fd, [out[done : done + CHUNK]], start + done)
-        except OSError as error:
-            raise ModelError(f"{path} cannot be read at byte {start + done}: {error.strerror}") from error
-        if got == 0:
-            raise ModelError(f"{path} ends at byte {start + done}: it was truncated while it was read")
-        done += got
+def _instance(parcel: Parcel, tensors: Iterator[Tensor]) -> Any:
+    """Of the parcel's weights class, its experts resident; tensors: of all its slots, in their order."""
+    values: dict[str, Any] = {field: next(tensors) for field in parcel.fields}
+    for field, parcels in parcel.experts.items():
+        values[field] = Resident([_instance(expert, tensors) for expert in parcels])
+    return parcel.weights(**{field.name: values.get(field.name) for field in fields(parcel.weights)})
 
 
 class Decoded(Mapping[str, Tensor]):
@@ -328,22 +405,34 @@ class Decoded(Mapping[str, Tensor]):
         values, scales = self._checkpoint.look_up(name)
         if values is None:
             raise KeyError(name)
-        files = _Files(self._checkpoint.folder, self._dtype, torch.device("cpu"))
-        piece = Piece(values, values.shape, scales, quantised=self._quantised)
+        slot, shape = self._slot(values, scales)
+        found = recipe(Parcel(_One, {"tensor": slot}, {}), slot.dtype or self._dtype, "stage")
+        shards, device = Shards(self._checkpoint.folder, {entry.shard for entry in slot.pieces[0].stored}), Cpu()
         try:
-            for entry in piece.stored:
-                files.open(entry.shard)
-            stored = [files.raw(entry, piece) for entry in piece.stored]
+            shards.check(slot.pieces[0].stored)
+            loader = _Loader(shards, device, direct=False, room=found.room)
+            memory = torch.empty(found.size, dtype=torch.uint8)
+            loaded = loader.load(found, memory, device.compute.record()).weights
+            loader.close()
         finally:
-            files.close()
-        if piece.format == "plain":
-            return stored[0]
-        if piece.format == "fp8":
-            out = torch.empty(values.shape, dtype=self._dtype)
-            _decode(piece, stored, out)
-            return out
+            shards.close()
+        tensor: Tensor = loaded.tensor
+        return tensor.view(shape)
+
+    def _slot(self, values: Entry, scales: Entry | None) -> tuple[Slot, tuple[int, ...]]:
+        """The tensor as a field, and its shape; of a stack of mxfp4 matrices each is a piece."""
+        if scales is None:
+            return Slot((Piece(values, values.shape),), STORED[values.dtype]), values.shape
+        if values.dtype != "U8":
+            return Slot((Piece(values, values.shape, scales, quantised=self._quantised),)), values.shape
         experts, height, groups, _ = values.shape
-        out = torch.empty(experts, 2 * 16 * groups, height, dtype=self._dtype)
-        for blocks, exponents, own in zip(*stored, out, strict=True):
-            _decode(piece, [blocks, exponents], own)
-        return out
+        shape = (2 * 16 * groups, height)
+        pieces = (Piece(values, shape, scales, row, experts, self._quantised) for row in range(experts))
+        return Slot(tuple(pieces)), (experts, *shape)
+
+
+@dataclass(frozen=True)
+class _One:
+    """A weights class of one tensor."""
+
+    tensor: Tensor
