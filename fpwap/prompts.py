@@ -35,6 +35,8 @@ Truncation = Literal["error", "left", "right"]
 IDS, MASK = "input_ids", "attention_mask"
 ENTRIES: Mapping[str, set[type]] = {IDS: {int}, MASK: {int, bool}}
 """The exact types of entries: to Python a bool is an int, but it is no token id."""
+PART = 1 << 20
+"""Rows that are looked up at once."""
 TOKENISE = f"tokenise first, tokenizer(text)[{IDS!r}] (`fpwap run` does, once fpwap[text] is installed)"
 
 # --- the dataset, in input order ------------------------------------------------------------------------------------
@@ -301,6 +303,26 @@ class TokenTable:
             groups += more[0]
             views += more[1]
         return Microbatch(first.index, slice(first.rows.start, others[-1].rows.stop), tuple(groups), tuple(views))
+
+    def compact(self, vocab: int) -> "tuple[TokenTable, Int64] | None":
+        """The ids that occur, int64 ``[used]``, ascending, and this table with places among them for its ids.
+
+        None where more than half of ``vocab`` occurs.
+        """
+        present = np.zeros(vocab, dtype=bool)
+        for part in self._parts():
+            present[self.ids[part]] = True
+        used = np.flatnonzero(present)
+        if 2 * len(used) > vocab:
+            return None
+        place, ids = np.cumsum(present, dtype=np.int32) - 1, np.empty_like(self.ids)
+        for part in self._parts():
+            ids[part] = place[self.ids[part]]
+        return replace(self, ids=ids), used
+
+    def _parts(self) -> Iterator[slice]:
+        """Of the rows; numpy makes int64 of the ids by which it looks up, for a hundred million that is much."""
+        return (slice(first, first + PART) for first in range(0, self.rows, PART))
 
     def batch(
         self,

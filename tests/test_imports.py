@@ -27,9 +27,9 @@ TYPES = {
     "callbacks.common": {"callbacks.moments"},
     "outbox": {"store"},
     "plan": {"residual", "sites"},
-    "reading": {"checkpoint", "device"},
-    "recipes": {"checkpoint", "device", "formats", "reading"},
-    "weights": {"checkpoint", "device", "formats", "reading", "recipes"},
+    "reading": {"checkpoint"},
+    "recipes": {"checkpoint", "formats", "reading"},
+    "weights": {"checkpoint", "formats", "reading", "recipes"},
     "taps": {"prompts", "sites", "store"},
 }
 """part -> parts whose types (and, of sites, whose facts) it uses."""

@@ -460,3 +460,34 @@ def test_masks_go_to_the_device_with_the_batch() -> None:
     )
     assert batch.groups[0].mask is not None and batch.groups[0].mask.device.type == "meta"
     assert batch.ids.device.type == batch.positions.device.type == "meta"
+
+
+# --- ids that occur -------------------------------------------------------------------------------------------------
+
+
+@property_test
+@given(rows=lists_of_ids, budget=budgets, vocab=st.integers(VOCAB, 4 * VOCAB), part=st.integers(1, 50))
+def test_a_compact_table_names_the_same_tokens(rows: list[list[int]], budget: int, vocab: int, part: int) -> None:
+    arranged = table(read(rows), tokens=budget)
+    occurring = sorted({token for row in rows for token in row})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fpwap.prompts.PART", part)
+        made = arranged.compact(vocab)
+    if 2 * len(occurring) > vocab:
+        assert made is None
+        return
+    assert made is not None
+    compact, used = made
+    assert used.dtype == np.int64 and used.tolist() == occurring
+    assert compact.ids.dtype == np.int32 and used[compact.ids].tolist() == arranged.ids.tolist()
+    assert compact.positions is arranged.positions and compact.microbatches is arranged.microbatches
+
+
+def test_half_of_the_vocabulary_is_still_compact() -> None:
+    half = table(read([list(range(0, VOCAB, 2))]))
+    assert half.compact(VOCAB) is not None and half.compact(VOCAB - 1) is None
+
+
+def test_pads_are_ids_that_occur() -> None:
+    made = table(read([[1, 2, 3], [90]]), "padded").compact(VOCAB)
+    assert made is not None and made[1].tolist() == [1, 2, 3, PAD, 90]
