@@ -275,21 +275,10 @@ class Parcel:
     def elements(self) -> int:
         return sum(math.prod(slot.shape) for slot in self.slots)
 
-    def largest_expert(self, dtype: torch.dtype) -> int:
-        """Bytes of one expert, in memory."""
-        experts = [parcel for parcels in self.experts.values() for parcel in parcels]
-        return max((sum(aligned(slot, dtype) for slot in parcel.slots) for parcel in experts), default=0)
-
-    def mapped_experts(self, dtype: torch.dtype, device: torch.device) -> int:
-        """Bytes of the page cache that the experts take as they lie there."""
-        experts = [parcel for parcels in self.experts.values() for parcel in parcels]
-        slots = (slot for parcel in experts for slot in parcel.slots if slot.maps(dtype, device))
-        return sum(aligned(slot, dtype) for slot in slots)
-
-    def copied(self, dtype: torch.dtype, device: torch.device, *, experts: bool = True) -> int:
-        """Bytes that it takes beside the page cache."""
-        slots = self.slots if experts else self.fields.values()
-        return sum(aligned(slot, dtype) for slot in slots if not slot.maps(dtype, device))
+    def mapped(self, dtype: torch.dtype, device: torch.device, *, but: frozenset[str]) -> int:
+        """Bytes of the file that serve as they lie. but: fields that are left out."""
+        left_out = {id(slot) for field, slot in self.fields.items() if field in but}
+        return sum(slot.stretch[2] for slot in self.slots if slot.maps(dtype, device) and id(slot) not in left_out)
 
 
 @dataclass(frozen=True)
@@ -420,11 +409,6 @@ def _stored_shapes(piece: Piece, shape: tuple[int, ...]) -> list[tuple[int, ...]
 
 def _size(slots: Iterable[Slot]) -> int:
     return sum(piece.size for slot in slots for piece in slot.pieces)
-
-
-def aligned(slot: Slot, dtype: torch.dtype) -> int:
-    """Bytes rounded up so that the next tensor begins at a multiple of 64: fp32 bits depend on it."""
-    return -(-math.prod(slot.shape) * (slot.dtype or dtype).itemsize // 64) * 64
 
 
 def _more(items: Sequence[str], shown: int) -> str:

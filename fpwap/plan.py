@@ -1,64 +1,83 @@
 """Request and machine -> one frozen `Plan`: what will be computed, in which order, where it lies, what it costs.
 
-Budgets choose tiers, group sizes and waves, never the partition into microbatches: the same request gives the same
-bytes whatever memory is free. The plan is made from headers and lengths alone; it reads no tensor and allocates
-nothing. It is the only value that all parts share.
+Budgets choose how weights are loaded, tiers, group sizes and waves, never the partition into microbatches: the same
+request gives the same bytes whatever memory is free. All ways that the request allows are tried on paper (`fpwap.costs`
+says what each takes); of those that fit, the fastest by the machine's rates is taken, and of those that are as fast
+within a percent the one that takes least. The plan is made from headers and lengths alone; it reads no tensor and
+allocates nothing. It is the only value that all parts share.
 """
 
 import html
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cached_property
 
 import torch
 
 from archs.batch import Attention, fixed_height
 
-from .callbacks.base import Site
+from .costs import (
+    LANDING,
+    MICROBATCH,
+    OUTPUTS,
+    REFERENCE,
+    RESIDUAL,
+    STATES,
+    WEIGHTS,
+    Bound,
+    Costs,
+    Loading,
+    Needs,
+    Times,
+    Way,
+    counts_of_waves,
+    head_fill,
+    head_sizes,
+    needs,
+    seconds,
+    sizes_of_groups,
+)
+from .rates import Rates
 from .residual import Tier
-from .schedule import Schedule, Stage
-from .sites import where
+from .schedule import Schedule, Stage, cut, group_stages
 
 HEIGHT = {"cpu": 1024}
 """Rows of a GEMM tile in packed mode, by device type; what is not named here has `ACCELERATOR_HEIGHT`."""
 ACCELERATOR_HEIGHT = 2048
 SPARSE_HEIGHT = 128
 """Rows of a tile within an expert, which sees only some of a microbatch's rows."""
-FLOPS = {"cpu": {torch.bfloat16: 3e11, torch.float16: 3e10, torch.float32: 1.5e11}}
-ACCELERATOR_FLOPS = 5e13
-DISK_BYTES_PER_S = 1e9
-"""Conservative rates of a machine that was not calibrated."""
-POOLED = 2**30
-"""Bytes of per-prompt outputs that are assembled in memory, at most."""
+KEPT_ROWS = 2**18
+"""Rows up to which positions and rotary tables of packed batches are kept from layer to layer."""
+HOT = 0.9
+"""Share of a checkpoint that the page cache must hold for its pages to serve as they lie."""
+AS_FAST = 1.01
+"""Times of ways between which the smaller memory decides."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Costs:
-    """What the parts say they need: bytes, except ``flops`` (multiply-adds count two).
+class Budgets:
+    """Bytes that may be taken: of RAM, of the device's memory (on the CPU there is none of its own), of the disk."""
 
-    weights: on disk, per stage. resident: copies of weights in memory (a map of the file costs none). experts: the part
-    of ``weights`` that is a layer's experts. streamed: what weights take, maps included, with experts read one at a
-    time. mapped: what the experts of the largest layer take of the page cache, twice, as the next layer is read ahead.
-    row: tensors of one row of a microbatch in a routed layer. reference: Hugging Face's layer, under ``verify=True``.
+    memory: int
+    device: int
+    disk: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What the request fixes; None is left to the plan. size: layers per visit."""
+
+    loading: Loading | None = None
+    tier: Tier | None = None
+    size: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """What is known of model, dataset and machine before anything is chosen, for a reader.
+
+    hot: share of the checkpoint's shards in the page cache. last: the last wanted site. microbatch: what its size is.
     """
-
-    weights: Mapping[Stage, int]
-    resident: int
-    experts: Mapping[Stage, int] = field(default_factory=dict)
-    streamed: int = 0
-    mapped: int = 0
-    row: int = 0
-    reference: int = 0
-    residual: int
-    microbatch: int
-    outputs: int
-    states: int
-    flops: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A sweep, decided. ``blockers`` is empty if it can run; each names the number to change."""
 
     model: str
     family: str
@@ -78,152 +97,428 @@ class Plan:
     microbatch: str
     height: int | None
     sparse_height: int | None
+    hot: float
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Known):
+    """A sweep, decided. ``blockers`` is empty if it can run; each names the number to change."""
+
+    loading: Loading
+    ring: int
     schedule: Schedule
     tier: Tier
-    costs: Costs
-    memory_bytes: int
-    memory_free: int
-    disk_bytes: int
-    disk_free: int
-    warnings: tuple[str, ...] = ()
+    costs: Costs = field(repr=False)
+    needs: Needs
+    times: Times
+    rates: Rates = field(repr=False)
+    wanted: Wanted
+    budgets: Budgets
     blockers: tuple[str, ...] = ()
 
     @property
     def feasible(self) -> bool:
         return not self.blockers
 
+    def again(
+        self, *, rates: Rates | None = None, budgets: Budgets | None = None, wanted: Wanted | None = None
+    ) -> "Plan":
+        """The same request decided anew, on another machine or with other wishes."""
+        known = Known(**{name: getattr(self, name) for name in Known.__dataclass_fields__})
+        return make_plan(known, self.costs, rates or self.rates, budgets or self.budgets, wanted or self.wanted)
+
+    # --- bytes ---
+
+    @property
+    def memory_bytes(self) -> int:
+        """Peak of RAM, maps of the checkpoint not counted: their pages are the page cache's."""
+        return self.needs.totals[0]
+
+    @property
+    def memory_free(self) -> int:
+        return self.budgets.memory
+
+    @property
+    def device_bytes(self) -> int:
+        """Peak of the device's own memory; on the CPU it has none."""
+        return self.needs.totals[1]
+
+    @property
+    def device_free(self) -> int:
+        return self.budgets.device
+
+    @property
+    def disk_bytes(self) -> int:
+        return self.needs.totals[2]
+
+    @property
+    def disk_free(self) -> int:
+        return self.budgets.disk
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Pages of the checkpoint that are used as they lie in the page cache."""
+        return self.needs.mapped
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether the embedding holds the token ids that occur, and not the whole vocabulary."""
+        return self.costs.by_rows
+
+    @property
+    def residual_rows(self) -> int:
+        """Rows that the residual store holds: those of the largest wave, none if all stages stand together."""
+        if len(self.schedule.groups) == 1:
+            return 0
+        return max(int(self.costs.rows[wave.start : wave.stop].sum()) for wave in self.schedule.waves)
+
     @property
     def weights_bytes(self) -> int:
         """Bytes of weights read by the whole sweep, at most: an expert that no token chooses is not read."""
-        again = max(0, len(self.schedule.chunks) - 1) + bool(self.costs.reference)
-        experts = sum(self.costs.experts.get(stage, 0) for stage in self.schedule.streamed)
-        return sum(self.costs.weights[stage] for stage in self.schedule.loads()) + again * experts
+        stages, streamed = self.costs.stages, self.schedule.streamed
+        whole = sum(stages[stage].read(apart=stage in streamed) for stage in self.schedule.loads())
+        chunks = {
+            stage: len(self.schedule.head_chunks if stage.kind == "head" else self.schedule.chunks)
+            for stage in streamed
+        }
+        again = bool(self.costs.reference)
+        return whole + sum((times + again) * stages[stage].experts for stage, times in chunks.items())
+
+    # --- seconds ---
 
     @property
-    def compute_s(self) -> float:
-        rates = FLOPS.get(self.device.type, {})
-        return self.costs.flops / rates.get(self.dtype, ACCELERATOR_FLOPS)
-
-    @property
-    def disk_s(self) -> float:
-        return self.weights_bytes / DISK_BYTES_PER_S
+    def phases(self) -> Mapping[str, float]:
+        """Predicted seconds of each phase; they add up to the wall-clock."""
+        return self.times.phases
 
     @property
     def predicted_s(self) -> float:
-        """Wall-clock by the slower of compute and disk, which overlap. Not calibrated on this machine."""
-        return max(self.compute_s, self.disk_s)
+        """Wall-clock, without the callbacks' own."""
+        return self.times.total
 
-    def _reading(self) -> str:
-        """How often weights are read."""
-        chunks = self.schedule.chunks
-        if not chunks:
-            return " once"
-        experts = sum(self.costs.experts[stage] for stage in self.schedule.streamed)
-        return (
-            f": once, but for the experts of {counted(len(self.schedule.streamed), 'layer')} ({size(experts)}), which "
-            f"do not fit and are read for each of {counted(len(chunks), 'chunk')} of the dataset"
-        )
+    @property
+    def bound(self) -> Bound:
+        """What works longest, and so decides how long it takes."""
+        return self.times.bound
+
+    @property
+    def break_even_tokens(self) -> int:
+        """Tokens of a dataset like this one at which reading the weights takes as long as the maths."""
+        per_token = self.times.forward_s / self.tokens
+        return round(self.times.weights_s / per_token) if per_token else 0
+
+    # --- for a reader ---
 
     def _repr_html_(self) -> str:
-        """The summary, in a notebook."""
-        return f"<pre>{html.escape(self.summary())}</pre>"
+        """The summary as a table, in a notebook."""
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(label)}</th><td>{'<br>'.join(map(html.escape, lines))}</td>"
+            "</tr>"
+            for label, lines in self._table()
+        )
+        return f"<table>{rows}</table>"
 
     def summary(self) -> str:
         """The page a person reads before a run."""
-        bound = "compute" if self.compute_s >= self.disk_s else "disk"
+        return "\n".join(
+            f"{label if place == 0 else '':<11}{line}"
+            for label, lines in self._table()
+            for place, line in enumerate(lines)
+        )
+
+    def _table(self) -> list[tuple[str, list[str]]]:
         padding = f", {self.rows - self.tokens:,} pad rows" if self.rows > self.tokens else ""
         height = f", every GEMM {self.height} rows high" if self.height else ""
-        lines = [
-            f"model      {self.model}" + (f" @ {self.commit[:12]}" if self.commit else ""),
-            f"           {self.family}, {self.layers} layers, {_name(self.dtype)}, {self.attention}, on {self.device}"
-            f" ({self.threads} threads)",
-            f"dataset    {counted(self.prompts, 'prompt')}, {counted(self.tokens, 'token')}{padding}, "
-            f"longest {self.longest:,}",
-            f"batching   {self.batching}: {counted(self.microbatches, 'microbatch')} of {self.microbatch}{height}",
-            f"sweep      up to {self.last}, {counted(len(self.schedule.groups), 'visit')} of each microbatch, "
-            f"{counted(len(self.schedule.waves), 'wave')}",
-            f"weights    {size(self.weights_bytes)} read" + self._reading(),
-            f"residual   {size(self.costs.residual)} in {self.tier}",
-            f"outputs    {size(self.costs.outputs)}, callbacks' state {size(self.costs.states)}",
-            f"memory     {size(self.memory_bytes)} of {size(self.memory_free)} that may be taken",
-            f"disk       {size(self.disk_bytes)} of {size(self.disk_free)} that may be taken",
-            f"time       about {duration(self.predicted_s)}, bound by {bound} (conservative rates, not calibrated)",
+        computed = f"{self.family}, {self.layers} layers, {_name(self.dtype)}, {self.attention}, on {self.device}"
+        table = [
+            (
+                "model",
+                [
+                    self.model + (f" @ {self.commit[:12]}" if self.commit else ""),
+                    f"{computed} ({self.threads} threads)",
+                ],
+            ),
+            (
+                "dataset",
+                [
+                    f"{counted(self.prompts, 'prompt')}, {counted(self.tokens, 'token')}{padding}, "
+                    f"longest {self.longest:,}"
+                ],
+            ),
+            (
+                "batching",
+                [f"{self.batching}: {counted(self.microbatches, 'microbatch')} of {self.microbatch}{height}"],
+            ),
+            (
+                "sweep",
+                [
+                    f"up to {self.last}, {counted(len(self.schedule.groups), 'visit')} of each microbatch, "
+                    f"{counted(len(self.schedule.waves), 'wave')}"
+                ],
+            ),
+            ("weights", self._reading()),
+            ("residual", [self._residual()]),
+            ("outputs", [f"{size(self.costs.outputs)}, callbacks' state {size(self._of(STATES))}"]),
+            ("memory", [self._memory()]),
         ]
-        lines += [f"warning    {warning}" for warning in self.warnings]
-        lines += [f"BLOCKER    {blocker}" for blocker in self.blockers]
-        lines.append("feasible   yes" if self.feasible else "feasible   no")
-        return "\n".join(lines)
+        if self.costs.on_device:
+            table.append(("device", [f"{size(self.device_bytes)} of {size(self.device_free)} that may be taken"]))
+        table += [
+            ("disk", [f"{size(self.disk_bytes)} of {size(self.disk_free)} that may be taken"]),
+            ("time", self._time()),
+            *(("warning", [warning]) for warning in self.warnings),
+            *(("BLOCKER", [blocker]) for blocker in self.blockers),
+            ("feasible", ["yes" if self.feasible else "no"]),
+        ]
+        return table
+
+    def _of(self, term: str) -> int:
+        return self.needs.memory.get(term, 0) + self.needs.device.get(term, 0)
+
+    def _reading(self) -> list[str]:
+        """How weights are read, how often, and how large a layer is."""
+        schedule, stages = self.schedule, self.costs.stages
+        often = "once" if len(schedule.waves) == 1 else f"once for each of {len(schedule.waves)} waves"
+        routed = [stage for stage in schedule.streamed if stage.kind == "layer"]
+        apart = []
+        if routed:
+            experts = sum(stages[stage].experts for stage in routed)
+            apart.append(
+                f"the experts of {counted(len(routed), 'layer')} ({size(experts)}), which do not fit and are read for "
+                f"each of {counted(len(schedule.chunks), 'chunk')} of the dataset"
+            )
+        if Stage("head") in schedule.streamed:
+            apart.append(
+                f"the head ({size(stages[Stage('head')].experts)}), which is read in slices for each of "
+                f"{counted(len(schedule.head_chunks), 'chunk')} of the dataset"
+            )
+        read = f"{size(self.weights_bytes)} read {often}" + (f": but for {' and '.join(apart)}" if apart else "")
+        layers = [cost.stored for stage, cost in stages.items() if stage.kind == "layer"]
+        each = ""
+        if layers:
+            least, most = size(min(layers)), size(max(layers))
+            each = f"; a layer is {most}" if least == most else f"; layers are {least} to {most}"
+        if self.loading == "stream":
+            how = f"streamed past the page cache, {counted(self.ring, 'stage')} in memory at a time"
+        elif self.costs.on_device:
+            how = "resident: all of them stay on the device"
+        else:
+            how = f"resident: {size(self.mapped_bytes)} used as they lie in the page cache"
+        return [read, how + each]
+
+    def _residual(self) -> str:
+        if len(self.schedule.groups) == 1:
+            return "nowhere: a microbatch goes through all stages in one visit"
+        waves = len(self.schedule.waves)
+        most = self.residual_rows * self.costs.width
+        return f"{size(most)} in {self.tier}" + (f", a wave's; {size(self.costs.residual)} in all" if waves > 1 else "")
+
+    def _memory(self) -> str:
+        return f"{size(self.memory_bytes)} of {size(self.memory_free)} that may be taken"
+
+    def _time(self) -> list[str]:
+        phases = ", ".join(
+            f"{name} {duration(took)}" for name, took in self.phases.items() if took >= 0.005 * self.predicted_s
+        )
+        lines = [
+            f"about {duration(self.predicted_s)}, bound by {self.bound} ({self.rates.known(_name(self.dtype))})",
+            f"{phases}; callbacks come on top",
+        ]
+        if self.break_even_tokens:
+            lines.append(
+                f"reading the weights takes as long as computing {counted(self.break_even_tokens, 'token')} like these"
+            )
+        return lines
 
 
-def make_plan(
-    *,
-    residual: str,
-    last: Site,
-    microbatch: int,
-    costs: Costs,
-    device: torch.device,
-    memory_free: int,
-    device_free: int,
-    disk_free: int,
-    lengths: Sequence[int],
-    schedule: Callable[[tuple[range, ...]], Schedule],
-    **known: Any,
-) -> Plan:
-    """Decides the tier, the chunks of routed layers, and what does not fit.
+# --- the choice -----------------------------------------------------------------------------------------------------
 
-    residual: the tier asked for, or "auto". memory_free, device_free, disk_free: bytes that may be taken. lengths: rows
-    of every microbatch. schedule: makes it of the chunks. known: fields of `Plan`.
-    """
-    tier = _tier(residual, costs.residual, device, device_free, memory_free)
-    pooled = min(costs.outputs, POOLED)
-    held = costs.residual if tier != "disk" else 0
-    others = costs.states + pooled + held + costs.reference
-    split = chunks(costs, lengths, known["height"], memory_free - others)
-    if split:
-        longest = max(_filled(sum(lengths[index] for index in chunk), known["height"]) for chunk in split)
-        costs = replace(costs, resident=costs.streamed, microbatch=max(costs.microbatch, longest * costs.row))
-    memory = costs.resident + costs.microbatch + others
-    disk = costs.outputs + (2 * costs.residual if tier == "disk" else 0)
-    unit = "token" if known["height"] else "row"
+
+def make_plan(known: Known, costs: Costs, rates: Rates, budgets: Budgets, wanted: Wanted) -> Plan:
+    """Tries every way on paper and takes the best; if none fits, the one that lacks least, with its blockers."""
+    search = _Search(costs, budgets, wanted, known.hot)
+    dtype = _name(known.dtype)
+    tried = [(way, need, search.lacks(way, need)) for way, need in search.ways()]
+    fitting = [(way, need, seconds(costs, way, rates, dtype, known.hot)) for way, need, lack in tried if not any(lack)]
+    blockers: tuple[str, ...] = ()
+    if fitting:
+        fastest = min(times.total for *_, times in fitting)
+        way, need, times = min(
+            (one for one in fitting if one[2].total <= AS_FAST * fastest),
+            key=lambda one: (*_preference(one[0]), sum(one[1].totals[:2]), one[2].total),
+        )
+    else:
+        way, need, _ = min(tried, key=lambda one: (sum(one[2]), *_preference(one[0])))
+        times = seconds(costs, way, rates, dtype, known.hot)
+        blockers = tuple(_blockers(need, budgets, wanted))
+    shown = {name: getattr(known, name) for name in Known.__dataclass_fields__}
+    shown["warnings"] = (*known.warnings, *_warnings(costs, way, times, budgets))
     return Plan(
-        **known,
-        last=where(last),
-        device=device,
-        threads=torch.get_num_threads(),
-        microbatch=counted(microbatch, unit),
+        **shown,
+        loading=way.loading,
+        ring=way.ring,
+        schedule=way.schedule,
+        tier=way.tier,
         costs=costs,
-        schedule=schedule(split),
-        tier=tier,
-        memory_bytes=memory,
-        memory_free=memory_free,
-        disk_bytes=disk,
-        disk_free=disk_free,
-        blockers=tuple(_blockers(costs, held, memory, memory_free, disk, disk_free)),
+        needs=need,
+        times=times,
+        rates=rates,
+        wanted=wanted,
+        budgets=budgets,
+        blockers=blockers,
     )
 
 
-def chunks(costs: Costs, rows: Sequence[int], height: int | None, memory: int) -> tuple[range, ...]:
-    """Consecutive microbatches that visit a routed layer together, as large as memory allows; none if experts fit.
-
-    rows: of each microbatch. height: of a tile, to which a chunk is filled up. memory: bytes that weights and a chunk's
-    tensors may take.
-    """
-    if not costs.experts or costs.resident + costs.mapped + costs.row * _filled(max(rows), height) <= memory:
-        return ()
-    found: list[range] = []
-    held = 0
-    for index, count in enumerate(rows):
-        if found and costs.streamed + costs.row * _filled(held + count, height) <= memory:
-            found[-1] = range(found[-1].start, index + 1)
-        else:
-            found.append(range(index, index + 1))
-            held = 0
-        held += count
-    return tuple(found)
+def _preference(way: Way) -> tuple[bool, int, int]:
+    """Between ways that are as fast: resident before streamed, few waves, as little as may be in pieces."""
+    return way.loading == "stream", len(way.schedule.waves), len(way.schedule.streamed)
 
 
-def _filled(rows: int, height: int | None) -> int:
-    return rows if height is None else -(-rows // height) * height
+class _Search:
+    """All ways that a request allows, each with what it needs."""
+
+    def __init__(self, costs: Costs, budgets: Budgets, wanted: Wanted, hot: float) -> None:
+        self._costs, self._budgets, self._wanted, self._hot = costs, budgets, wanted, hot
+        self._waves: dict[int, tuple[range, ...]] = {}
+
+    @cached_property
+    def _loadings(self) -> list[Loading]:
+        if self._wanted.loading is not None:
+            return [self._wanted.loading]
+        return ["resident", "stream"] if self._costs.on_device or self._hot >= HOT else ["stream"]
+
+    def lacks(self, way: Way, need: Needs) -> tuple[int, int, int]:
+        """Bytes of RAM, device and disk by which a way goes beyond its budgets."""
+        memory, device, disk = need.totals
+        budgets = self._budgets
+        if need.mapped and self._wanted.loading is None:
+            memory += need.mapped  # nobody asked for maps that the page cache cannot hold
+        elif need.mapped:
+            experts = [c.experts for s, c in self._costs.stages.items() if s not in way.schedule.streamed]
+            memory += 2 * max(experts, default=0)
+        return max(0, memory - budgets.memory), max(0, device - budgets.device), max(0, disk - budgets.disk)
+
+    def ways(self) -> Iterator[tuple[Way, Needs]]:
+        for loading in self._loadings:
+            for groups, streamed in self._groupings():
+                for ring in self._rings(groups, loading):
+                    for tier in self._tiers(groups):
+                        yield from self._in_waves(loading, groups, streamed, ring, tier)
+
+    def _groupings(self) -> Iterator[tuple[tuple[tuple[Stage, ...], ...], frozenset[Stage]]]:
+        """Which stages stand together, and which are streamed."""
+        stages = self._costs.stages
+        layers = [stage.layer for stage in stages if stage.layer is not None]
+        norm, head = Stage("norm") in stages, Stage("head") in stages
+        routed = frozenset(stage for stage, cost in stages.items() if stage.kind == "layer" and cost.experts)
+        heads = [frozenset[Stage](), frozenset({Stage("head")})] if head else [frozenset[Stage]()]
+        sizes = list(sizes_of_groups(len(layers))) if self._wanted.size is None else [self._wanted.size]
+        for experts in (frozenset[Stage](), routed) if routed else (frozenset[Stage](),):
+            for pieces in heads:
+                streamed = experts | pieces
+                for count in sizes:
+                    yield group_stages(layers, norm=norm, head=head, size=count, apart=bool(streamed)), streamed
+
+    def _rings(self, groups: Sequence[Sequence[Stage]], loading: Loading) -> list[int]:
+        """Places for stages: of the largest group, and of what is read meanwhile, from nothing to another group."""
+        every, largest = sum(map(len, groups)), max(map(len, groups))
+        if loading == "resident" and self._costs.on_device:
+            return [max(2, every)]
+        return sorted({max(2, min(ring, every)) for ring in (largest, largest + 1, 2 * largest)})
+
+    def _tiers(self, groups: Sequence[Sequence[Stage]]) -> list[Tier]:
+        if self._wanted.tier is not None:
+            return [self._wanted.tier]
+        if self._costs.on_device:
+            return ["device"] if len(groups) == 1 else ["device", "ram", "disk"]
+        return ["ram"] if len(groups) == 1 else ["ram", "disk"]
+
+    def _in_waves(
+        self,
+        loading: Loading,
+        groups: tuple[tuple[Stage, ...], ...],
+        streamed: frozenset[Stage],
+        ring: int,
+        tier: Tier,
+    ) -> Iterator[tuple[Way, Needs]]:
+        """In as few waves as fit; where things are streamed, in more of them too, which leaves more for chunks."""
+        for count in (1,) if len(groups) == 1 else counts_of_waves(len(self._costs.rows)):
+            schedule = Schedule(groups, self._cut(count), (), streamed)
+            way = self._chunked(Way(loading=loading, tier=tier, ring=ring, schedule=schedule))
+            need = needs(self._costs, way)
+            yield way, need
+            if not streamed and not any(self.lacks(way, need)):
+                return
+
+    def _cut(self, count: int) -> tuple[range, ...]:
+        """The dataset in about so many waves."""
+        if count not in self._waves:
+            rows = self._costs.rows
+            whole = (range(len(rows)),)
+            self._waves[count] = whole if count == 1 else cut(rows, -(-int(rows.sum()) // count))
+        return self._waves[count]
+
+    def _chunked(self, way: Way) -> Way:
+        """With chunks as large as the memory allows that the rest leaves."""
+        costs, schedule = self._costs, way.schedule
+        if not schedule.streamed:
+            return way
+        left = needs(costs, way, tensors=False).totals
+        room = self._budgets.device - left[1] if costs.on_device else self._budgets.memory - left[0]
+        room -= costs.tables
+        row = costs.routed + (LANDING * costs.width if way.tier == "disk" or costs.on_device else 0)
+        most = max(0, room) // row if row else 0
+        if costs.height:
+            most = most // costs.height * costs.height
+        routed = any(stage.kind == "layer" for stage in schedule.streamed)
+        chunks = cut(costs.rows, most) if routed else ()
+        heads = cut(head_sizes(costs), max(0, room - head_fill(costs))) if Stage("head") in schedule.streamed else ()
+        return replace(way, schedule=replace(schedule, chunks=chunks, head_chunks=heads))
+
+
+def _warnings(costs: Costs, way: Way, times: Times, budgets: Budgets) -> Iterator[str]:
+    waves = len(way.schedule.waves)
+    if waves > 1:
+        more = (waves - 1) * times.weights_s
+        yield (
+            f"the residual stream of all rows ({size(costs.residual)}) fits nowhere: {waves} waves, each of which "
+            f"reads all weights, {duration(more)} more of reading; {size(2 * costs.residual)} of free disk make it one"
+        )
+    mapped = needs(costs, way).mapped
+    if mapped > budgets.memory:
+        yield (
+            f"loading='resident' maps {size(mapped)} where {size(budgets.memory)} may be taken: pages are read again "
+            "and again; loading='stream' reads them once"
+        )
+
+
+def _blockers(need: Needs, budgets: Budgets, wanted: Wanted) -> Iterator[str]:
+    """What does not fit, each with the number to change."""
+    advice = {
+        WEIGHTS: "lower layers_per_visit" if wanted.size is None or wanted.size > 1 else "it is one layer already",
+        RESIDUAL: "residual='disk' moves it out",
+        STATES: "fewer layers at a time, or fewer components",
+        MICROBATCH: "lower the microbatch's size",
+        OUTPUTS: "capture fewer layers or positions",
+        REFERENCE: "leave verify=True out",
+    }
+    memory, device, disk = need.totals
+    for what, terms, taken, free, argument in (
+        ("RAM", need.memory, memory, budgets.memory, "memory"),
+        ("device memory", need.device, device, budgets.device, "device_memory"),
+    ):
+        if taken > free:
+            term = max(terms, key=lambda name: terms[name])
+            yield (
+                f"{size(taken)} of {what} are needed and {size(free)} may be taken ({argument}=); most of it is {term} "
+                f"({size(terms[term])}): {advice.get(term, 'lower the size of the microbatch')}"
+            )
+    if disk > budgets.disk:
+        yield (
+            f"{size(disk)} of disk are needed and {size(budgets.disk)} may be taken: free {size(disk - budgets.disk)}, "
+            "choose another out=, or capture fewer layers or positions"
+        )
 
 
 def tile_heights(device: torch.device, widths: tuple[int, ...]) -> tuple[int, int]:
@@ -231,35 +526,6 @@ def tile_heights(device: torch.device, widths: tuple[int, ...]) -> tuple[int, in
     heights = HEIGHT.get(device.type, ACCELERATOR_HEIGHT), SPARSE_HEIGHT
     dense, sparse = (fixed_height(height, widths, torch.get_num_threads()) for height in heights)
     return dense, sparse
-
-
-def _tier(asked: str, need: int, device: torch.device, device_free: int, memory_free: int) -> Tier:
-    """Where the residual stream lives: the device if a third of it suffices, else RAM if half does, else disk."""
-    tiers: dict[str, Tier] = {"device": "device", "ram": "ram", "disk": "disk"}
-    if asked != "auto":
-        return tiers[asked]
-    if device.type != "cpu" and need <= device_free // 3:
-        return "device"
-    return "ram" if need <= memory_free // 2 else "disk"
-
-
-def _blockers(costs: Costs, held: int, memory: int, memory_free: int, disk: int, disk_free: int) -> Iterator[str]:
-    """What does not fit, each with the number to change."""
-    if memory > memory_free:
-        terms = {
-            f"the residual stream ({size(held)}): residual='disk' moves it out": held,
-            f"callbacks' state ({size(costs.states)}): fewer layers at a time, or fewer components": costs.states,
-            f"a microbatch's tensors ({size(costs.microbatch)}): lower the microbatch's size": costs.microbatch,
-            f"weights ({size(costs.resident)}): lower layers_per_visit": costs.resident,
-            f"Hugging Face's layer ({size(costs.reference)}): leave verify=True out": costs.reference,
-        }
-        largest = max(terms, key=lambda term: terms[term])
-        yield f"{size(memory)} of RAM are needed and {size(memory_free)} may be taken; most of it is {largest}"
-    if disk > disk_free:
-        yield (
-            f"{size(disk)} of disk are needed and {size(disk_free)} may be taken: free {size(disk - disk_free)}, "
-            "choose another out=, or capture fewer layers or positions"
-        )
 
 
 def size(count: float) -> str:
@@ -276,12 +542,12 @@ def counted(count: int, what: str) -> str:
     return f"{count:,} {what if count == 1 else plural}"
 
 
-def duration(seconds: float) -> str:
-    if seconds < 1:
-        return "a second"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+def duration(took: float) -> str:
+    if took < 10:
+        return f"{took:.1f} s"
+    if took < 120:
+        return f"{took:.0f} s"
+    return f"{took / 60:.0f} min" if took < 7200 else f"{took / 3600:.1f} h"
 
 
 def _name(dtype: torch.dtype) -> str:

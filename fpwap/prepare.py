@@ -7,28 +7,35 @@ import math
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 import archs
 from archs.batch import Attention
 from archs.contract import ArchError, Family
 
-from . import hub, machine
+from . import hub, machine, rates
 from .callbacks.base import Callback, Declared, Site
-from .checkpoint import INDEX, SINGLE, Checkpoint, Layout, aligned, lay_out, shard_names
+from .checkpoint import INDEX, SINGLE, Checkpoint, Layout, Parcel, Slot, lay_out, shard_names
 from .context import SweepContext
+from .costs import LOGITS, Costs, Loading, Maths, StageCost
 from .errors import CallbackError, ModelError, RequestError
 from .formats import Quantisation, quantisation
-from .plan import Costs, Plan, make_plan, tile_heights
+from .plan import KEPT_ROWS, SPARSE_HEIGHT, Budgets, Known, Plan, Wanted, counted, make_plan, tile_heights
 from .prompts import Prompts, TokenTable, arrange
-from .schedule import Schedule, Stage, group_stages
+from .recipes import recipe, slices, slot_size, vocabulary, without_experts
+from .residual import Tier
+from .schedule import Stage
 from .sites import Targets, bind, check_positions, stage_of, where
 from .store import Record
+from .weights import PIECE, PIECE_ROWS
 
 MICROBATCH_HEIGHTS = 4
 """Tiles of a packed microbatch by default: the fill of the last one is a few percent."""
@@ -38,7 +45,10 @@ COMPUTED = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """The arguments of a `fpwap.Sweep`, each checked for itself. dtype None: the checkpoint's own."""
+    """The arguments of a `fpwap.Sweep`, each checked for itself.
+
+    dtype None: the checkpoint's own. layers_per_visit None: as many as pay.
+    """
 
     model: str
     revision: str | None
@@ -54,7 +64,8 @@ class Request:
     disk: int | None
     attention: Attention | None
     residual: str
-    layers_per_visit: int
+    loading: str = "auto"
+    layers_per_visit: int | None = None
     verify: bool
 
 
@@ -159,38 +170,40 @@ def prepare(
     context = SweepContext(
         dtype=dtype, device=device, family=family, config=config, prompts=prompts, bound=targets.by_callback(callbacks)
     )
-    packed = request.batching == "packed"
-
-    def schedule(chunks: tuple[range, ...]) -> Schedule:
-        return _schedule(targets, model, layout, request.layers_per_visit, table, chunks)
-
-    plan = make_plan(
+    stages = _wanted_stages(targets, config)
+    on_cpu = device.type == "cpu"
+    known = Known(
         model=model.files.name,
         commit=model.files.commit,
         family=family.name,
         layers=config.layers,
-        last=targets.last,
+        last=where(targets.last),
         dtype=dtype,
         device=device,
         attention=attention,
         batching=request.batching,
+        threads=torch.get_num_threads(),
         prompts=prompts.n,
         tokens=prompts.total_tokens,
         rows=table.rows,
         longest=int(prompts.lengths.max()),
         microbatches=len(table.microbatches),
-        microbatch=microbatch_tokens if packed else request.microbatch_size,
+        microbatch=counted(microbatch_tokens if height else request.microbatch_size, "token" if height else "row"),
         height=height,
         sparse_height=sparse_height,
-        schedule=schedule,
-        residual=request.residual,
-        costs=_costs(layout, callbacks, targets, context, table, schedule(()), verify=request.verify),
-        lengths=[batch.rows.stop - batch.rows.start for batch in table.microbatches],
-        memory_free=min(machine.available_memory(), request.memory or sys.maxsize),
-        device_free=min(machine.device_memory(device), request.device_memory or sys.maxsize),
-        disk_free=min(machine.free_disk(out or Path(tempfile.gettempdir())), request.disk or sys.maxsize),
+        hot=machine.hot([checkpoint.folder / shard for shard in checkpoint.shards]) if on_cpu else 0.0,
         warnings=(*targets.warnings, *_beyond_training(model, prompts)),
     )
+    eager = attention == "eager" or any(hook == "attn_pattern" for own in targets.bound for _, hook in own)
+    costs = _costs(
+        layout, stages, callbacks, targets, context, table, height=height, eager=eager, verify=request.verify
+    )
+    budgets = Budgets(
+        memory=min(machine.available_memory(), request.memory or sys.maxsize),
+        device=0 if on_cpu else min(machine.device_memory(device), request.device_memory or sys.maxsize),
+        disk=min(machine.free_disk(out or Path(tempfile.gettempdir())), request.disk or sys.maxsize),
+    )
+    plan = make_plan(known, costs, rates.load(device), budgets, _wished(request, device))
     return Prepared(
         model=model,
         checkpoint=checkpoint,
@@ -200,6 +213,20 @@ def prepare(
         targets=targets,
         context=context,
         plan=plan,
+    )
+
+
+def fetch(prepared: Prepared) -> Prepared:
+    """The same with the shards that it needs at hand. Raises `HubError`, `ModelError`."""
+    return prepared
+
+
+def _wished(request: Request, device: torch.device) -> Wanted:
+    """What the request fixes. On the CPU the device's memory is the RAM."""
+    loadings: dict[str, Loading] = {"resident": "resident", "stream": "stream"}
+    tiers: dict[str, Tier] = {"device": "ram" if device.type == "cpu" else "device", "ram": "ram", "disk": "disk"}
+    return Wanted(
+        loading=loadings.get(request.loading), tier=tiers.get(request.residual), size=request.layers_per_visit
     )
 
 
@@ -231,20 +258,6 @@ def _beyond_training(model: Model, prompts: Prompts) -> list[str]:
     return [f"{longer} prompts are longer than max_position_embeddings ({trained})"] if longer else []
 
 
-def _schedule(
-    targets: Targets, model: Model, layout: Layout, size: int, table: TokenTable, chunks: tuple[range, ...]
-) -> Schedule:
-    """The stages up to the last wanted site."""
-    stage = stage_of(targets.last)
-    waves = (range(len(table.microbatches)),)
-    if stage.kind == "embed":
-        return Schedule(((stage,),), waves)
-    layers = range(model.config.layers if stage.layer is None else stage.layer + 1)
-    groups = group_stages(layers, norm=stage.layer is None, head=stage.kind == "head", size=size, apart=bool(chunks))
-    routed = frozenset(stage for group in groups for stage in group if layout[stage].experts)
-    return Schedule(groups, waves, chunks, routed if chunks else frozenset())
-
-
 def _check_name(callback: Callback, site: Site, declared: Declared, names: set[str]) -> None:
     """An output's file name is good and its own. Raises `RequestError`."""
     if declared.name is None:
@@ -260,6 +273,266 @@ def _check_name(callback: Callback, site: Site, declared: Declared, names: set[s
     names.add(file)
 
 
+# --- costs ----------------------------------------------------------------------------------------------------------
+
+
+def _wanted_stages(targets: Targets, config: Any) -> list[Stage]:
+    """The stages up to the last wanted site, in the model's order."""
+    last = stage_of(targets.last)
+    if last.kind == "embed":
+        return [last]
+    layers = range(config.layers if last.layer is None else last.layer + 1)
+    tail = {"layer": [], "norm": [Stage("norm")], "head": [Stage("norm"), Stage("head")]}
+    return [Stage("embed"), *(Stage("layer", layer) for layer in layers), *tail[last.kind]]
+
+
+@dataclass(frozen=True)
+class _Put:
+    """What callbacks put out and hold: bytes of outputs, bytes of state by stage, layers that put something out."""
+
+    outputs: int
+    states: Mapping[Stage, int]
+    commits: int
+
+
+def _put_out(callbacks: Sequence[Callback], targets: Targets, context: SweepContext) -> _Put:
+    """Raises `RequestError` from callbacks that cannot work so."""
+    outputs = 0
+    names: set[str] = set()
+    states: Counter[Stage] = Counter()  # of a layer's callbacks, until the layer ends
+    for callback, own in zip(callbacks, targets.bound, strict=True):
+        declared = callback.declare(context)
+        for layer, hook in own:
+            states[stage_of((layer, hook))] += callback.state_bytes(context, layer, hook)
+            if hook in declared:
+                out = declared[hook]
+                _check_name(callback, (layer, hook), out, names)
+                count = context.n_prompts if out.per == "prompt" else context.total_tokens
+                outputs += count * math.prod(out.rest) * out.dtype.itemsize
+    return _Put(outputs, states, len({layer for own in targets.bound for layer, _ in own}))
+
+
+def _costs(
+    layout: Layout,
+    stages: Sequence[Stage],
+    callbacks: Sequence[Callback],
+    targets: Targets,
+    context: SweepContext,
+    table: TokenTable,
+    *,
+    height: int | None,
+    eager: bool,
+    verify: bool,
+) -> Costs:
+    """What the sweep will read, hold, compute and put out."""
+    config, itemsize = context.config, context.dtype.itemsize
+    put = _put_out(callbacks, targets, context)
+    layers = [stage for stage in stages if stage.kind == "layer"]
+    hooks = {stage: context.family.hooks(config, stage.layer or 0) for stage in layers}
+    shown = [math.prod(width) for at in hooks.values() for width in at.values()]
+    rows = np.array([batch.rows.stop - batch.rows.start for batch in table.microbatches], dtype=np.int64)
+    wanted = _wanted_rows(callbacks, targets, table) if Stage("head") in stages else np.zeros_like(rows)
+    logits = int(wanted.max()) if height is None else height
+    masked = max(group.length if group.mask is not None else 0 for part in table.microbatches for group in part.groups)
+    routed = [stage for stage in layers if layout[stage].experts]
+    whole = max((layout[stage].elements * itemsize for stage in stages), default=0)
+    most = int(rows.max())
+    filled = most if height is None else -(-most // height) * height
+    heads = max((at["attn_pattern"][0] for at in hooks.values()), default=0)
+    work = _Work(context, table, rows, wanted, height)
+    kept = table.rows if height is not None and table.rows <= KEPT_ROWS else most
+    turns = max((at["q"][-1] for at in hooks.values()), default=0)
+    return Costs(
+        stages={stage: _stage(layout[stage], stage, work, put.states.get(stage, 0)) for stage in stages},
+        rows=rows,
+        wanted=wanted,
+        height=height,
+        width=config.hidden * itemsize,
+        vocabulary=config.vocab * itemsize if Stage("head") in stages else 0,
+        microbatch=filled * (6 * config.hidden + 3 * max(shown, default=config.hidden)) * itemsize
+        + _scores(table, heads, itemsize, eager=eager, packed=height is not None),
+        logits=logits * config.vocab * itemsize * LOGITS if Stage("head") in stages else 0,
+        routed=max((_routed_row(context, stage, masked) for stage in routed), default=0),
+        tables=kept * (2 * torch.int64.itemsize + 2 * turns * itemsize),
+        outputs=put.outputs,
+        commits=put.commits,
+        by_rows=work.used is not None,
+        reference=whole if verify else 0,
+        scratch=_scratch(layout, stages, work),
+        on_device=context.device.type != "cpu",
+        tokens=context.total_tokens,
+    )
+
+
+def _wanted_rows(callbacks: Sequence[Callback], targets: Targets, table: TokenTable) -> NDArray[np.int64]:
+    """int64 ``[microbatches]``: rows whose logits are wanted, at most."""
+    asked = [c.positions for c, own in zip(callbacks, targets.bound, strict=True) if (None, "logits") in own]
+    every = any(isinstance(positions, str) and positions == "all" for positions in asked)
+    places = sum(1 if isinstance(positions, str) else len(positions) for positions in asked)
+    found = []
+    for batch in table.microbatches:
+        rows, prompts = batch.rows.stop - batch.rows.start, sum(len(view.sample_ids) for view in batch.views)
+        found.append(rows if every else min(rows, prompts * places))
+    return np.array(found, dtype=np.int64)
+
+
+def _scores(table: TokenTable, heads: int, itemsize: int, *, eager: bool, packed: bool) -> int:
+    """Bytes of attention scores and masks that exist at once: eager keeps them, in fp32 and in the model's dtype."""
+    most = 0
+    for batch in table.microbatches:
+        for group in batch.groups:
+            prompts = 1 if packed else group.prompts
+            masks = prompts * group.length**2 * (1 + itemsize) if group.mask is not None or eager else 0
+            most = max(most, masks + (prompts * heads * group.length**2 * (itemsize + 8) if eager else 0))
+    return most
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the maths of a stage depends on, besides its weights."""
+
+    context: SweepContext
+    table: TokenTable
+    rows: NDArray[np.int64]
+    wanted: NDArray[np.int64]
+    height: int | None
+
+    @cached_property
+    def filled(self) -> NDArray[np.int64]:
+        """int64 ``[microbatches]``: rows that go through matrix products."""
+        return self.rows if self.height is None else -(-self.rows // self.height) * self.height
+
+    @property
+    def wide(self) -> int:
+        """How much larger than an activation what is computed in fp32 is."""
+        return max(1, torch.float32.itemsize // self.context.dtype.itemsize)
+
+    @cached_property
+    def squares(self) -> float:
+        """Pairs of query and key: the sum of lengths squared; half of it without padding, where none looks ahead."""
+        squares = sum(group.prompts * group.length**2 for part in self.table.microbatches for group in part.groups)
+        return squares / 2 if self.height else float(squares)
+
+    @property
+    def way(self) -> Literal["slot", "stage"]:
+        """How bytes come into slots."""
+        return "slot" if self.context.device.type == "cpu" else "stage"
+
+    @cached_property
+    def used(self) -> NDArray[np.int64] | None:
+        """The ids that occur, ascending; None if they are most of the vocabulary, which is read whole then."""
+        compact = self.table.compact(self.context.vocab)
+        return None if compact is None else compact[1]
+
+    @cached_property
+    def calls(self) -> int:
+        """Of attention, in one layer."""
+        return sum(
+            group.prompts if self.height is not None else 1 for part in self.table.microbatches for group in part.groups
+        )
+
+
+def _stage(parcel: Parcel, stage: Stage, work: _Work, states: int) -> StageCost:
+    """One stage's weights and maths."""
+    dtype, way = work.context.dtype, work.way
+    rows = None if stage.kind != "embed" or work.used is None else len(work.used)
+    stored = parcel.size
+    if rows is not None:
+        table = sum(piece.size for field in vocabulary(parcel) for piece in parcel.fields[field].pieces)
+        stored -= table - table * rows // work.context.vocab
+    experts, expert = parcel.size - parcel.own_size, 0
+    apart = without_experts(parcel)
+    if experts:
+        expert = 2 * max(slot_size(one, dtype, way) for parcels in parcel.experts.values() for one in parcels)
+    if stage.kind == "head":
+        apart, experts = Parcel(parcel.weights, {}, {}), stored
+        expert = 2 * slot_size(slices(parcel, dtype, PIECE, PIECE_ROWS)[0], dtype, way)
+    return StageCost(
+        stored=stored,
+        experts=experts,
+        memory=slot_size(parcel, dtype, way, rows),
+        own=slot_size(apart, dtype, way, rows),
+        mapped=parcel.mapped(dtype, work.context.device, but=vocabulary(parcel) if rows is not None else frozenset()),
+        copied=slot_size(parcel, dtype, "map", rows),
+        own_copied=slot_size(apart, dtype, "map", rows),
+        expert=expert,
+        states=states,
+        maths=_maths(parcel, stage, work),
+    )
+
+
+def _maths(parcel: Parcel, stage: Stage, work: _Work) -> Maths:
+    """What a stage computes, over all rows."""
+    config, itemsize = work.context.config, work.context.dtype.itemsize
+    rows = float(work.filled.sum())
+    match stage.kind:
+        case "embed":
+            return Maths(passes=2.0 * rows * config.hidden * itemsize)
+        case "norm":
+            return Maths(passes=5.0 * work.wide * rows * config.hidden * itemsize)
+        case "head":
+            tile = work.height or 1
+            rows = float((-(-work.wanted // tile) * tile).sum())
+            matrix = [slot for slot in parcel.fields.values() if len(slot.shape) > 1]
+            return replace(
+                _products(matrix, rows, _tiles(rows, work), itemsize), passes=2.0 * rows * config.vocab * itemsize
+            )
+        case "layer":
+            return _layer_maths(parcel, stage, work, rows)
+
+
+def _layer_maths(parcel: Parcel, stage: Stage, work: _Work, rows: float) -> Maths:
+    """Passes are counted by the words of the hooks: norms and sums over the stream, rotation and copies of queries and
+    keys, copies of values, activations inside the MLP.
+    """
+    context, itemsize = work.context, work.context.dtype.itemsize
+    hidden = context.config.hidden
+    shown = {hook: math.prod(width) for hook, width in context.family.hooks(context.config, stage.layer or 0).items()}
+    own = _products(
+        [slot for slot in parcel.fields.values() if len(slot.shape) > 1], rows, _tiles(rows, work), itemsize
+    )
+    matrix, touched, inner = own.matrix, own.touched, shown.get("mlp_hidden", 0)
+    for experts in parcel.experts.values():
+        slots = [slot for slot in experts[0].slots if len(slot.shape) > 1]
+        chosen, visits = shown["expert_ids"], len(work.rows)
+        each = rows / visits * chosen / len(experts)  # rows that an expert sees in a visit
+        tiles = visits * len(experts) * (each / SPARSE_HEIGHT + 0.5 if work.height else 1.0)
+        through = tiles * SPARSE_HEIGHT if work.height else rows * chosen
+        sparse = _products(slots, through, tiles, itemsize)
+        matrix, touched = matrix + sparse.matrix, touched + sparse.touched
+        touched += 4.0 * rows * chosen * hidden * torch.float32.itemsize
+        inner += chosen * max(max(slot.shape) for slot in slots)
+    words = (6 + 10 * work.wide) * hidden + 8 * (shown["q"] + shown["k"]) + 3 * (shown["v"] + shown["z"]) + 5 * inner
+    return Maths(
+        matrix=matrix,
+        touched=touched,
+        attention=2.0 * work.squares * (shown["q"] + shown["z"]),
+        passes=float(rows * words * itemsize),
+        calls=work.calls,
+    )
+
+
+def _products(slots: Iterable[Slot], rows: float, tiles: float, itemsize: int) -> Maths:
+    """Matrix products of so many rows; every tile touches all weights."""
+    elements = sum(math.prod(slot.shape) for slot in slots)
+    widths = sum(sum(slot.shape[-2:]) for slot in slots)
+    return Maths(matrix=2.0 * rows * elements, touched=float((tiles * elements + rows * widths) * itemsize))
+
+
+def _tiles(rows: float, work: _Work) -> float:
+    return rows / work.height if work.height else float(len(work.rows))
+
+
+def _scratch(layout: Layout, stages: Iterable[Stage], work: _Work) -> int:
+    """Bytes of one staging buffer, through which goes what is not read to where it will lie."""
+    dtype, distinct = work.context.dtype, {}
+    for stage in stages:
+        parcel = layout[stage]
+        kinds = tuple((piece.values.dtype, piece.shape) for slot in parcel.slots for piece in slot.pieces)
+        distinct[stage.kind == "embed", kinds] = parcel, work.used if stage.kind == "embed" else None
+    return max((recipe(parcel, dtype, work.way, rows).room for parcel, rows in distinct.values()), default=0)
+
+
 def _routed_row(context: SweepContext, stage: Stage, masked: int) -> int:
     """Bytes that a row of a chunk takes in a routed layer: the stream, fp32 norms, projections, a term per choice.
 
@@ -271,57 +544,3 @@ def _routed_row(context: SweepContext, stage: Stage, masked: int) -> int:
     widest = max(math.prod(width) for width in hooks.values())
     terms = 2 * chosen * config.hidden * torch.float32.itemsize
     return int((10 * config.hidden + 3 * widest) * itemsize + terms + masked * (1 + itemsize))
-
-
-def _costs(
-    layout: Layout,
-    callbacks: Sequence[Callback],
-    targets: Targets,
-    context: SweepContext,
-    table: TokenTable,
-    schedule: Schedule,
-    *,
-    verify: bool,
-) -> Costs:
-    """What the sweep will read, hold and put out. Raises `RequestError` from callbacks that cannot work so."""
-    config, itemsize = context.config, context.dtype.itemsize
-    outputs = 0
-    names: set[str] = set()
-    states: Counter[Stage] = Counter()  # of a layer's callbacks, until the layer ends
-    for callback, own in zip(callbacks, targets.bound, strict=True):
-        declared = callback.declare(context)
-        for layer, hook in own:
-            if hook in declared:
-                _check_name(callback, (layer, hook), declared[hook], names)
-            states[stage_of((layer, hook))] += callback.state_bytes(context, layer, hook)
-            if hook in declared:
-                out = declared[hook]
-                count = context.n_prompts if out.per == "prompt" else context.total_tokens
-                outputs += count * math.prod(out.rest) * out.dtype.itemsize
-    stages = set(schedule.loads())
-    layers = [stage for stage in stages if stage.kind == "layer"]
-    hooks = (context.family.hooks(config, stage.layer or 0) for stage in layers)
-    widest = max((math.prod(width) for shown in hooks for width in shown.values()), default=config.hidden)
-    rows = max(batch.rows.stop - batch.rows.start for batch in table.microbatches)
-    logits = config.vocab if Stage("head") in stages else 0
-    where = context.dtype, context.device
-    copied = {stage: layout[stage].copied(*where) for stage in stages}
-    apart = {stage: sum(aligned(slot, context.dtype) for slot in layout[stage].fields.values()) for stage in stages}
-    routed = [stage for stage in stages if layout[stage].experts]
-    masked = max(group.length if group.mask is not None else 0 for part in table.microbatches for group in part.groups)
-    whole = max((layout[stage].elements * itemsize for stage in stages), default=0)
-    return Costs(
-        weights={stage: layout[stage].size for stage in stages},
-        resident=2 * max(sum(copied[stage] for stage in group) for group in schedule.groups),
-        experts={stage: layout[stage].size - layout[stage].own_size for stage in routed},
-        streamed=2 * max(sum(apart[stage] for stage in group) for group in schedule.groups)
-        + 2 * max((layout[stage].largest_expert(context.dtype) for stage in routed), default=0),
-        mapped=2 * max((layout[stage].mapped_experts(*where) for stage in routed), default=0),
-        reference=whole if verify else 0,
-        row=max((_routed_row(context, stage, masked) for stage in routed), default=0),
-        residual=table.rows * config.hidden * itemsize if len(schedule.groups) > 1 else 0,
-        microbatch=rows * (6 * config.hidden + 3 * widest + logits) * itemsize,
-        outputs=outputs,
-        states=max(sum(states[stage] for stage in group) for group in schedule.groups),
-        flops=2.0 * sum(layout[stage].elements for stage in layers) * table.rows,
-    )

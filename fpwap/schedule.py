@@ -3,7 +3,8 @@
 A *stage* is what has weights of its own: the embedding, each layer, the final norm, the head. A *layer group* is
 consecutive stages resident together; a microbatch goes through all of them in one visit. A *wave* is a part of the
 dataset that is swept on its own. Weights are read once per wave: groups outside, microbatches inside.
-The experts of a layer that does not fit are read once per *chunk*, consecutive microbatches that visit it together.
+A stage is *streamed* where it does not fit as a whole: a layer's experts come one at a time, the head in slices of the
+vocabulary. That happens once per *chunk*, consecutive microbatches that visit it together.
 
 Knows nothing of tensors or files.
 """
@@ -11,6 +12,9 @@ Knows nothing of tensors or files.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 Kind = Literal["embed", "layer", "norm", "head"]
 
@@ -46,20 +50,24 @@ class Step(NamedTuple):
 class Schedule:
     """groups: stages in the model's order. waves: ranges of microbatch indices, together the whole table.
 
-    chunks: ranges of microbatches that go as one through layers whose experts are streamed, so that each expert is read
-    once a chunk; together the whole table, or none. streamed: those layers.
+    streamed: the layers whose experts are, and ``Stage("head")`` if that is. chunks: ranges of microbatches that go as
+    one through the group of a streamed layer, so that each expert is read once a chunk; together the whole table, or
+    none. head_chunks: the same of the head, which has a group of its own then.
     """
 
     groups: tuple[tuple[Stage, ...], ...]
     waves: tuple[range, ...]
     chunks: tuple[range, ...] = ()
     streamed: frozenset[Stage] = frozenset()
+    head_chunks: tuple[range, ...] = ()
 
     def visits(self, wave: range, group: int) -> list[range]:
         """What goes through a group at once, visit by visit."""
-        if self.streamed.isdisjoint(self.groups[group]):
+        apart = self.streamed.intersection(self.groups[group])
+        if not apart:
             return [range(index, index + 1) for index in wave]
-        within = (range(max(wave.start, chunk.start), min(wave.stop, chunk.stop)) for chunk in self.chunks)
+        chunks = self.head_chunks if Stage("head") in apart else self.chunks
+        within = (range(max(wave.start, chunk.start), min(wave.stop, chunk.stop)) for chunk in chunks)
         return [chunk for chunk in within if chunk]
 
     def steps(self) -> Iterator[Step]:
@@ -76,6 +84,20 @@ class Schedule:
 
     def __len__(self) -> int:
         return sum(len(self.visits(wave, group)) for wave in self.waves for group in range(len(self.groups)))
+
+
+def cut(sizes: NDArray[np.int64], limit: int) -> tuple[range, ...]:
+    """Consecutive items in ranges of at most ``limit`` together, each as long as can be; what is larger stands alone.
+
+    sizes: int64 ``[items]``, of each item.
+    """
+    ends = np.concatenate(([0], np.cumsum(sizes)))
+    fits = np.maximum(np.searchsorted(ends, ends[:-1] + limit, side="right") - 1, np.arange(len(sizes)) + 1).tolist()
+    found, start = [], 0
+    while start < len(sizes):
+        found.append(range(start, fits[start]))
+        start = fits[start]
+    return tuple(found)
 
 
 def group_stages(
