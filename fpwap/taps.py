@@ -5,13 +5,15 @@ the microbatch's views. At one site all "read" callbacks come first, then "write
 the one before, then "read_after_write". Emits go to `write`, values written back go on into the block.
 
 Also here: the end of a sweep (the last wanted site raises `Reached`, nothing past it is computed), the flag of an
-interrupt (looked at at every tap), and non-finite values. Files, weights and the order of steps are not known.
+interrupt (looked at at every tap), and non-finite values. Beside an accelerator nothing here waits for a value: which
+rows are finite is sent to the host and looked at by `settle`. Files, weights and the order of steps are not known.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from einops import rearrange
@@ -20,12 +22,14 @@ from torch import Tensor
 from archs.batch import Group
 
 from .callbacks.base import Callback, Emit, LayerArtifact, Site, WriteBack
+from .device import Device, Event
 from .errors import CallbackError, FpwapError, NonFiniteError
 from .prompts import Microbatch, View
 from .schedule import Stage
 from .sites import PHASES, where
 from .store import Record
 
+Index = TypeVar("Index", slice, Tensor, slice | Tensor)
 LEAVING = frozenset({"embedding", "residual_post", "final_norm"})
 """Hooks at which the residual stream leaves a stage: there, and at the last wanted site, it is checked to be finite."""
 
@@ -45,18 +49,31 @@ class Piece:
 
 @dataclass(frozen=True)
 class HeadChunk:
-    """Logits that are computed at once. rows: indices into the microbatch, None for all of it."""
+    """Logits that are computed at once. rows: indices into the microbatch, on the device, None for all of it."""
 
     rows: Tensor | None
     pieces: list[Piece]
     callbacks: Sequence[Callback]
 
 
+@dataclass(frozen=True)
+class _Awaited:
+    """Which rows of a value are finite, as the host will know when ``come`` has come; near: kept until then."""
+
+    site: Site
+    dtype: torch.dtype
+    places: Iterable[tuple[View, Tensor]]
+    near: Tensor
+    finite: Tensor
+    come: Event
+
+
 class Taps:
     """All callbacks of a sweep, bound to their sites.
 
-    sites: for each callback, in order of registration, the sites it targets. declare, write: where outputs go.
-    span: profile spans by phase. check: raises if the run is to stop. last: the last wanted site.
+    sites: for each callback, in order of registration, the sites it targets. declare, write: where outputs go; what is
+    written is in the record's dtype, on the device, and may be written over after the call. span: profile spans by
+    phase. check: raises if the run is to stop. last: the last wanted site.
     """
 
     def __init__(
@@ -70,7 +87,12 @@ class Taps:
         write: Callable[[Record, Tensor, Tensor], None],
         span: Callable[[str], AbstractContextManager[None]],
         check: Callable[[], None],
+        device: Device,
     ) -> None:
+        self._device = device
+        self._flags = self._device.stream()
+        self._awaited: list[_Awaited] = []
+        self._earlier: list[_Awaited] = []  # of the visits before
         self._callbacks, self._sites = list(callbacks), [list(own) for own in sites]
         self.prompts, self.last = prompts, last
         self.span, self.check = span, check
@@ -110,6 +132,7 @@ class Taps:
 
     def end_layer(self, layer: int | None) -> list[tuple[Site, LayerArtifact]]:
         """`on_layer_end`, after the layer's last wave: the artifacts. Every emitter must have emitted every prompt."""
+        assert not self._earlier + self._awaited, "nothing is committed before it is known to be finite"
         for (index, site, _), record in self._records.items():
             if record.layer == layer and self._emitted[record] != self.prompts:
                 raise CallbackError(
@@ -164,7 +187,7 @@ class Taps:
             before = f"{list(record.rest)} {record.dtype} per {record.per}"
             raise _Wrong(f"emitted {list(rest)} {dtype} per {emit.per} after {before}: they must stay the same")
         with self.span("write"):
-            self._write(record, emit.values.detach().to(dtype).cpu(), view.sample_ids)
+            self._write(record, emit.values.detach().to(dtype), view.sample_ids)
         self._emitted[record] += len(view.sample_ids)
 
     def _records_at(self, site: Site) -> list[Record]:
@@ -198,7 +221,7 @@ class Taps:
             rows = [_row_index(view)[:, resolve(positions, view.length)] for view in microbatch.views]
             taken = None
             if positions != "all":
-                taken = torch.cat([some.flatten() for some in rows])
+                taken = self.near(torch.cat([some.flatten() for some in rows]))
                 rows = _numbered(rows)
             pieces = [
                 Piece(view, resolve(positions, view.length), some)
@@ -217,13 +240,13 @@ class Taps:
             for first in range(0, len(rows), step):
                 some = rows[first : first + step]
                 if filled and filled + some.numel() > limit:
-                    yield HeadChunk(torch.cat(taken), pieces, callbacks)
+                    yield HeadChunk(self.near(torch.cat(taken)), pieces, callbacks)
                     pieces, taken, filled = [], [], 0
                 part = View(view.sample_ids[first : first + step], view.length, slice(0, 0))
                 pieces.append(Piece(part, union, torch.arange(filled, filled + some.numel()).view(some.shape)))
                 taken.append(some.flatten())
                 filled += some.numel()
-        yield HeadChunk(torch.cat(taken), pieces, callbacks)
+        yield HeadChunk(self.near(torch.cat(taken)), pieces, callbacks)
 
     def show_logits(self, value: Tensor, chunk: HeadChunk) -> None:
         """``value [rows, vocab]`` of one chunk, to those who asked for it."""
@@ -232,24 +255,72 @@ class Taps:
         for piece in chunk.pieces:
             for callback in chunk.callbacks:
                 chosen = [piece.positions.index(p) for p in resolve(callback.positions, piece.view.length)]
-                self.call(callback, site, value[piece.rows[:, chosen]], piece.view)
+                self.call(callback, site, value[self.near(piece.rows[:, chosen])], piece.view)
+
+    # --- rows of values, which lie on the device, by indices, which are made on the host ---
+
+    def near(self, index: Index) -> Index:
+        """An index for the device's values; nobody waits for the way there."""
+        if isinstance(index, slice) or not self._device.asynchronous:
+            return index
+        host = self._device.pinned(index.nbytes).view(index.dtype).view(index.shape)
+        host.copy_(index)
+        out = torch.empty_like(index, device=self._device.torch)
+        self._device.compute.copy(out, host)
+        return out
+
+    def sequences(self, value: Tensor, view: View) -> Tensor:
+        """Flat rows -> ``[b, length, *rest]``; a view of ``value`` where the rows are contiguous."""
+        if isinstance(view.rows, Tensor):
+            return value[self.near(view.rows)]
+        return rearrange(value[view.rows], "(b s) ... -> b s ...", s=view.length)
+
+    def put(self, value: Tensor, view: View, chosen: slice | Tensor, written: Tensor) -> None:
+        """The way back, of the chosen positions."""
+        if isinstance(view.rows, Tensor):
+            value[self.near(view.rows[:, chosen])] = written.to(value.dtype)
+        else:
+            self.sequences(value, view)[:, self.near(chosen)] = written.to(value.dtype)
 
     # --- non-finite values ---
 
     def check_finite(self, value: Tensor, site: Site, places: Iterable[tuple[View, Tensor]]) -> None:
-        """Raises `NonFiniteError` naming site and prompt if a real row is infinite or NaN.
+        """Raises `NonFiniteError` naming site and prompt if a real row is infinite or NaN; beside an accelerator later.
 
         places: the prompts whose rows are in ``value``, and which.
         """
-        if torch.isfinite(value.sum(dtype=torch.float32)):
-            return
-        for view, rows in places:
-            finite = torch.isfinite(value[rows]).flatten(1).all(1).cpu()
-            if not finite.all():
-                narrow = value.dtype == torch.float16
-                advice = "float16 is too narrow for this model, try dtype='bfloat16'" if narrow else "check the weights"
-                sample = int(view.sample_ids[~finite][0])
-                raise NonFiniteError(f"sample {sample} is infinite or NaN at {where(site)}: {advice}")
+        if self._device.asynchronous:
+            rows = value.flatten(1)
+            near = rows.amax(1).isfinite() & rows.amin(1).isfinite()  # NaN is both; no copy of the value is made
+            finite = self._device.pinned(len(near)).view(torch.bool)
+            self._flags.wait(self._device.compute.record(near))
+            self._flags.copy(finite, near)
+            self._awaited.append(_Awaited(site, value.dtype, places, near, finite, self._flags.record(near, finite)))
+        elif not torch.isfinite(value.sum(dtype=torch.float32)):
+            _refuse(torch.isfinite(value).flatten(1).all(1).cpu(), value.dtype, site, places)
+
+    def settle(self, *, all: bool = True) -> None:
+        """Raises what `check_finite` found meanwhile. all: everything is waited for, else what was known a visit ago.
+
+        Called with ``all=False`` when a visit's work has been launched, and for all of it before anything is committed.
+        """
+        known = self._earlier + self._awaited if all else self._earlier
+        self._earlier, self._awaited = ([], []) if all else (self._awaited, [])
+        for awaited in known:
+            awaited.come.synchronize()
+            if not awaited.finite.all():
+                _refuse(awaited.finite, awaited.dtype, awaited.site, awaited.places)
+
+
+def _refuse(finite: Tensor, dtype: torch.dtype, site: Site, places: Iterable[tuple[View, Tensor]]) -> None:
+    """finite: bool per row, on the CPU. Rows that are nobody's may be anything."""
+    for view, rows in places:
+        sound = finite[rows].all(1)
+        if not sound.all():
+            narrow = dtype == torch.float16
+            advice = "float16 is too narrow for this model, try dtype='bfloat16'" if narrow else "check the weights"
+            sample = int(view.sample_ids[~sound][0])
+            raise NonFiniteError(f"sample {sample} is infinite or NaN at {where(site)}: {advice}")
 
 
 class StageTap:
@@ -284,14 +355,15 @@ class StageTap:
             value = value.clone()  # what the block computed from stays as it was
         for view in self._microbatch.views:
             for callback in callbacks:
-                every = isinstance(callback.positions, str) and callback.positions == "all"
-                chosen = slice(None) if every else resolve(callback.positions, view.length)
-                acts = _sequences(value, view)[:, chosen]
+                chosen = select(callback.positions, view.length)
+                acts = self._taps.sequences(value, view)[:, self._taps.near(chosen)]
                 if not callback.borrows:
                     acts = acts.clone(memory_format=torch.contiguous_format)
+                elif isinstance(chosen, slice) and chosen != slice(0, view.length):
+                    acts = acts.contiguous()
                 written = self._taps.call(callback, site, acts, view)
                 if written is not None:
-                    _put(value, view, chosen, written)
+                    self._taps.put(value, view, chosen, written)
         return value
 
     def _show_pattern(self, site: Site, callbacks: Sequence[Callback], value: Tensor, group: Group) -> None:
@@ -304,8 +376,13 @@ class StageTap:
             spans = [slice(int(start), int(start) + view.length) for start in offset]
             acts = torch.stack([value[p, :, s, s] for p, s in zip(prompt.tolist(), spans, strict=True)])
             for callback in callbacks:
-                chosen = resolve(callback.positions, view.length)
-                self._taps.call(callback, site, acts[:, :, chosen], view)
+                chosen = select(callback.positions, view.length)
+                self._taps.call(
+                    callback,
+                    site,
+                    acts[:, :, self._taps.near(chosen)].clone(memory_format=torch.contiguous_format),
+                    view,
+                )
 
 
 def resolve(positions: str | Sequence[int], length: int) -> list[int]:
@@ -313,6 +390,13 @@ def resolve(positions: str | Sequence[int], length: int) -> list[int]:
     if isinstance(positions, str):
         return list(range(length)) if positions == "all" else [length - 1]
     return [position % length if -length <= position < length else _outside(position, length) for position in positions]
+
+
+def select(positions: str | Sequence[int], length: int) -> slice | Tensor:
+    """What selects these positions of a prompt: a slice where they are neighbours in order, else indices."""
+    found = resolve(positions, length)
+    neighbours = slice(found[0], found[0] + len(found))
+    return neighbours if found == list(range(neighbours.start, neighbours.stop)) else torch.tensor(found)
 
 
 def _outside(position: int, length: int) -> int:
@@ -330,20 +414,6 @@ def _row_index(view: View) -> Tensor:
     if isinstance(view.rows, Tensor):
         return view.rows
     return torch.arange(view.rows.start, view.rows.stop).view(-1, view.length)
-
-
-def _sequences(value: Tensor, view: View) -> Tensor:
-    """Flat rows -> ``[b, length, *rest]``; a view of ``value`` where the rows are contiguous."""
-    if isinstance(view.rows, Tensor):
-        return value[view.rows]
-    return rearrange(value[view.rows], "(b s) ... -> b s ...", s=view.length)
-
-
-def _put(value: Tensor, view: View, chosen: slice | list[int], written: Tensor) -> None:
-    if isinstance(view.rows, Tensor):
-        value[view.rows[:, chosen]] = written.to(value.dtype)
-    else:
-        _sequences(value, view)[:, chosen] = written.to(value.dtype)
 
 
 def _site_of(artifact: LayerArtifact, sites: Sequence[Site]) -> Site:

@@ -75,7 +75,8 @@ def test_every_wait_is_needed() -> None:
 
 def test_a_view_of_what_the_maths_works_on_in_its_own_dtype_is_copied() -> None:
     """Nothing to cast, nothing to gather: still the caller's memory, written into by the next operation."""
-    for device in (Cpu(), *(Late(seed) for seed in range(20))):
+    devices: list[Device] = [Cpu(), *(Late(seed) for seed in range(20))]
+    for device in devices:
         written, acts = Written(), torch.ones(4, 3, dtype=torch.bfloat16)
         box = Outbox(written, device, ring_bytes=256)
         box.put(RECORD, acts, torch.arange(4))
