@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: demo test check format test-gpu test-full test-trained faults clean
+.PHONY: demo test check format test-gpu test-full test-trained faults bench-peers clean
 
 demo: $(VENV)/demo
 	$(BIN)/fpwap demo
@@ -36,6 +36,14 @@ test-trained: $(VENV)/dev  # needs the network, gguf and 2 GB: checkpoints with 
 
 faults: $(VENV)/dev  # puts single faults into the families; the conformance suite must catch each
 	$(BIN)/python tools/seeded_faults.py
+
+bench-peers: build/peers/done  # needs the network and 2 GB: what tools/bench compares with, in an environment of its own
+
+build/peers/done: .ci/constraints.txt
+	$(PYTHON) -m venv build/peers
+	build/peers/bin/python -m pip install --quiet --constraint .ci/constraints.txt torch psutil
+	build/peers/bin/python -m pip install --quiet --constraint .ci/constraints.txt fpwap==0.1.8 accelerate
+	touch $@
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fpwap needs Python >= 3.11: make PYTHON=python3.11 ...")'
