@@ -12,7 +12,7 @@ It does not know files, devices, or any particular family.
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -371,6 +371,11 @@ class Family:
     activations: tuple[str, ...] = ("mlp_width",)
     about: str = ""
     since: str = "5.23.0"
+
+    def logits(self, x: Tensor, pieces: Iterable[Any], config: Any, batch: Batch) -> Tensor:
+        """``[rows, hidden] -> [rows, vocab]``, by a head whose weights come in pieces of the vocabulary, in order."""
+        made = [self.unembed(x, piece, config, batch) for piece in pieces]
+        return made[0] if len(made) == 1 else torch.cat(made, dim=-1)
 
     def implementations(self, config: Any) -> tuple[Attention, ...]:
         """Of attention, as HF has them for this config, the default first."""

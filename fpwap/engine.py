@@ -1,17 +1,18 @@
 """The loop: layers outside, microbatches inside.
 
     for every wave, for every layer group:
-        wait for the group's weights (the next group's are being read meanwhile)
-        for every microbatch (or chunk of them, where experts are streamed):
+        for every microbatch (or chunk of them, where a layer's weights are streamed through it):
             read its residual rows, go through the group's stages, write them back
+            (a stage's weights are there from its first visit to its last; the next are read meanwhile)
         commit what the group's layers put out
 
 The only place where the parts meet. It decides nothing: the order is the schedule's, the numbers are the family's, what
 is shown to whom is the taps'.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,16 +26,22 @@ from .profile import Recorder
 from .progress import Progress
 from .prompts import Microbatch, TokenTable
 from .residual import Residual
-from .schedule import Stage
+from .schedule import Stage, Step
 from .store import Store
 from .taps import Reached, Taps
 from .watch import Watcher
 from .weights import Weights
 
+KEPT_ROWS = 2**18
+"""Rows whose batches (positions, rotary tables) are kept from layer to layer; beyond, each visit makes its own."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a sweep is joined from; each part is opened and closed by the caller."""
+    """What a sweep is joined from; each part is opened and closed by the caller.
+
+    flush: waits until every output that was shown to a callback has reached the store.
+    """
 
     plan: Plan
     family: Family
@@ -44,81 +51,104 @@ class Parts:
     residual: Residual
     taps: Taps
     store: Store
+    flush: Callable[[], None]
     recorder: Recorder
     progress: Progress
     watcher: Watcher
+    loaded: dict[Stage, Any] = field(default_factory=dict)
+    batches: dict[range, Batch] = field(default_factory=dict)
+    shared: dict[Any, object] = field(default_factory=dict)
 
 
 @torch.no_grad()
 def sweep(parts: Parts) -> None:
     """Runs every step of the schedule; returns when every output is committed."""
-    schedule, taps = parts.plan.schedule, parts.taps
-    loaded: dict[Stage, Any] = {}
-    shared: dict[Any, object] = {}
+    schedule, taps, table = parts.plan.schedule, parts.taps, parts.table
+    steps = list(schedule.steps())
     taps.start_layer(None)
-    for step in schedule.steps():
+    for step, following in zip(steps, [*steps[1:], None], strict=True):
         stages = schedule.groups[step.group]
         layers = [stage.layer for stage in stages if stage.layer is not None]
-        if step.first:
-            for stage in stages:
-                with parts.recorder.span("load", stage.label):
-                    loaded[stage] = parts.weights.acquire(stage)
-            if step.wave == 0:
-                for layer in layers:
-                    taps.start_layer(layer)
-        final = step.group == len(schedule.groups) - 1
-        _visit(parts, stages, loaded, parts.table.joined(step.microbatches), shared, keep=not final)
+        if step.first and step.wave == 0:
+            for layer in layers:
+                taps.start_layer(layer)
+        same = following is not None and (following.wave, following.group) == (step.wave, step.group)
+        _visit(parts, step, table.joined(step.microbatches), following if same else None)
         parts.progress.step(stages[-1].label)
         if step.last:
             parts.residual.turn()
-            for stage in stages:
-                with parts.recorder.span("verify", stage.label):
-                    parts.watcher.end(stage, loaded[stage])
-            loaded.clear()
-            for stage in stages:
-                parts.weights.release(stage)
+            taps.settle()
             if step.wave == len(schedule.waves) - 1:
                 for layer in layers:
                     _commit(parts, layer)
     _commit(parts, None)
 
 
-def _visit(
-    parts: Parts,
-    stages: Sequence[Stage],
-    loaded: dict[Stage, Any],
-    microbatch: Microbatch,
-    shared: dict[Any, object],
-    *,
-    keep: bool,
-) -> None:
-    """One microbatch through the stages of one group."""
+def _visit(parts: Parts, step: Step, microbatch: Microbatch, following: Step | None) -> None:
+    """One microbatch through the stages of one group. following: the group's next visit, whose rows may come nearer."""
     plan, recorder = parts.plan, parts.recorder
+    stages = plan.schedule.groups[step.group]
+    first_row = parts.table.microbatches[plan.schedule.waves[step.wave].start].rows.start
+
+    def within_wave(rows: slice) -> slice:
+        return slice(rows.start - first_row, rows.stop - first_row)
+
     with recorder.span("residual", stages[0].label):
-        batch = parts.table.batch(
-            microbatch,
-            device=plan.device,
-            height=plan.height,
-            sparse_height=plan.sparse_height,
-            attention=plan.attention,
-            shared=shared,
-        )
+        batch = _batch(parts, step.microbatches, microbatch)
         x = torch.zeros(len(batch.ids), parts.config.hidden, dtype=plan.dtype, device=plan.device)
-        real = x[: batch.tokens]
         if stages[0].kind != "embed":
-            parts.residual.read(microbatch.rows, real)
+            real = x[: batch.tokens]
+            parts.residual.read(within_wave(microbatch.rows), real)
             recorder.count("residual_read", real.nbytes)
-    try:
-        for stage in stages:
-            with recorder.span("forward", stage.label):
-                x = _forward(parts, stage, loaded[stage], x, batch, microbatch)
-    except Reached:
-        return
-    if keep:
+            if following is not None:
+                parts.residual.fetch(within_wave(parts.table.joined(following.microbatches).rows))
+    for stage in stages:
+        passed = _through(parts, step, stage, x, batch, microbatch)
+        if passed is None:
+            break
+        x = passed
+    if step.group < len(plan.schedule.groups) - 1:
         with recorder.span("residual", stages[-1].label):
             real = x[: batch.tokens]
-            parts.residual.write(microbatch.rows, real)
+            parts.residual.write(within_wave(microbatch.rows), real)
             recorder.count("residual_written", real.nbytes)
+    parts.taps.settle(all=False)
+
+
+def _batch(parts: Parts, which: range, microbatch: Microbatch) -> Batch:
+    """A microbatch as the maths wants it; the same object at every layer, while there are not too many rows."""
+    plan = parts.plan
+    if which in parts.batches:
+        return parts.batches[which]
+    batch = parts.table.batch(
+        microbatch,
+        device=plan.device,
+        height=plan.height,
+        sparse_height=plan.sparse_height,
+        attention=plan.attention,
+        shared=parts.shared,
+    )
+    if plan.height is not None and plan.rows <= KEPT_ROWS:  # padded batches hold masks, which are large
+        parts.batches[which] = batch
+    return batch
+
+
+def _through(parts: Parts, step: Step, stage: Stage, x: Tensor, batch: Batch, microbatch: Microbatch) -> Tensor | None:
+    """One stage of a visit, from its weights' arrival to their release; None: the last wanted site is behind us."""
+    recorder, weights, loaded = parts.recorder, parts.weights, parts.loaded
+    if step.first:
+        with recorder.span("load", stage.label):
+            loaded[stage] = weights.acquire(stage)
+    passed: Tensor | None = None
+    with recorder.span("forward", stage.label), contextlib.suppress(Reached):
+        passed = _forward(parts, stage, loaded[stage], x, batch, microbatch)
+    if step.last:
+        if step.wave == len(parts.plan.schedule.waves) - 1:
+            with recorder.span("verify", stage.label):
+                parts.watcher.end(stage, loaded[stage])
+        del loaded[stage]
+        weights.release(stage)
+    return passed
 
 
 def _forward(parts: Parts, stage: Stage, w: Any, x: Tensor, batch: Batch, microbatch: Microbatch) -> Tensor:
@@ -138,19 +168,21 @@ def _forward(parts: Parts, stage: Stage, w: Any, x: Tensor, batch: Batch, microb
             return x
 
 
-def _logits(parts: Parts, w: Any, x: Tensor, batch: Batch, microbatch: Microbatch) -> None:
-    """Logits of the wanted rows only, a chunk at a time."""
+def _logits(parts: Parts, head: Any, x: Tensor, batch: Batch, microbatch: Microbatch) -> None:
+    """Logits of the wanted rows only: a tile at a time, or all at once where the head is read piece by piece."""
     height = batch.height
-    for chunk in parts.taps.head_chunks(microbatch, height):
+    streamed = Stage("head") in parts.plan.schedule.streamed
+    for chunk in parts.taps.head_chunks(microbatch, batch.tokens if streamed and height is not None else height):
         wanted = x if chunk.rows is None else x[chunk.rows]
         if height is not None and len(wanted) % height:
             wanted = torch.cat((wanted, wanted.new_zeros(-len(wanted) % height, wanted.shape[1])))
-        parts.taps.show_logits(parts.family.unembed(wanted, w, parts.config, batch), chunk)
+        parts.taps.show_logits(parts.family.logits(wanted, head.pieces(), parts.config, batch), chunk)
 
 
 def _commit(parts: Parts, layer: int | None) -> None:
     """A layer is done in every wave: its callbacks end, its files get their names."""
     with parts.recorder.span("commit", "run" if layer is None else str(layer)):
+        parts.flush()
         for (at, hook), artifact in parts.taps.end_layer(layer):
             parts.store.artifact(at, hook, artifact)
         parts.store.commit(parts.taps.sites_of(layer))

@@ -13,21 +13,26 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from archs.batch import Attention
 
 from . import identity, journal
 from .callbacks.base import Callback
+from .device import Device, open_device
 from .engine import Parts, sweep
 from .errors import RequestError
 from .interrupt import Interruptible
 from .machine import kept_pages
+from .meter import Meter
+from .outbox import Outbox
 from .plan import Plan
-from .prepare import COMPUTED, Prepared, Request, pad_token, prepare
+from .prepare import COMPUTED, Prepared, Request, fetch, learn, pad_token, prepare, to_device
 from .profile import Recorder
 from .progress import Progress, ProgressEvent
-from .prompts import Prompts, ingest
+from .prompts import Prompts, TokenTable, ingest
 from .reference import HFLayers
 from .residual import open_residual
 from .result import Result
@@ -40,8 +45,11 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "batching": ("packed", "padded"),
     "truncation": ("error", "left", "right"),
     "residual": ("auto", "device", "ram", "disk"),
+    "loading": ("auto", "resident", "stream"),
 }
 MICROBATCH_SIZE = 16
+OUTBOX = 1 << 26
+"""Bytes of outputs that are on their way from an accelerator at once."""
 
 
 class Sweep:
@@ -57,11 +65,13 @@ class Sweep:
     batching: "packed" (no padding; a prompt's bits depend on the prompt alone) or "padded" (bit-equal to Hugging Face
     on the same padded batches, ``microbatch_size`` rows in dataset order). microbatch_tokens: size of a packed
     microbatch. memory, device_memory, disk: what the run may take of each, in bytes or as "8GB"; by default what is
-    free. They choose where things lie and what is streamed, and never a bit of the result. residual: where the residual
-    stream lives between layers. attn_implementation: "sdpa", "eager", None: the family's default. layers_per_visit: how
-    many layers are resident together. verify: compare with Hugging Face at every layer while it runs, on a few prompts
-    (`fpwap.watch`); needs transformers. progress: a bar, nothing, or a
-    callable that gets `ProgressEvent`s.
+    free. They choose where things lie and what is streamed, and never a bit of the result. loading: "resident" keeps
+    all weights where they are computed with (on the CPU as maps of the files), "stream" reads each layer when its turn
+    comes. residual: where the residual stream lives between layers. layers_per_visit: how many layers are resident
+    together while the weights are streamed. Left at "auto", the plan chooses all three by what is free and what it
+    takes. attn_implementation: "sdpa", "eager", None: the family's default. verify: compare with Hugging Face at every
+    layer while it runs, on a few prompts (`fpwap.watch`); needs transformers. progress: a bar, nothing, or a callable
+    that gets `ProgressEvent`s.
 
     Raises `RequestError` for arguments that are wrong in themselves; `preflight` and `run` raise the other
     `FpwapError`s.
@@ -85,18 +95,20 @@ class Sweep:
         device_memory: int | str | None = None,
         disk: int | str | None = None,
         truncation: Literal["error", "left", "right"] = "error",
+        loading: Literal["auto", "resident", "stream"] = "auto",
         residual: Literal["auto", "device", "ram", "disk"] = "auto",
+        layers_per_visit: int | Literal["auto"] = "auto",
         attn_implementation: Attention | None = None,
-        layers_per_visit: int = 1,
         verify: bool = False,
         progress: bool | Callable[[ProgressEvent], None] = True,
     ) -> None:
-        given = {"batching": batching, "truncation": truncation, "residual": residual}
+        given = {"batching": batching, "truncation": truncation, "residual": residual, "loading": loading}
         for name, value in given.items():
             if value not in CHOICES[name]:
                 raise RequestError(f"{name} must be one of {', '.join(CHOICES[name])}, not {value!r}")
         sizes = {"seq_len": seq_len, "microbatch_size": microbatch_size, "microbatch_tokens": microbatch_tokens}
-        for name, count in {**sizes, "layers_per_visit": layers_per_visit}.items():
+        together = None if layers_per_visit == "auto" else layers_per_visit
+        for name, count in {**sizes, "layers_per_visit": together}.items():
             if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
                 raise RequestError(f"{name} must be a positive integer, not {count!r}")
         if batching == "packed" and microbatch_size is not None:
@@ -133,9 +145,10 @@ class Sweep:
             device_memory=_bytes("device_memory", device_memory),
             disk=_bytes("disk", disk),
             truncation=truncation,
+            loading=loading,
             residual=residual,
             attention=attn_implementation,
-            layers_per_visit=layers_per_visit,
+            layers_per_visit=together,
             verify=verify,
         )
 
@@ -151,9 +164,10 @@ class Sweep:
 
         Raises `RequestError` if the plan is not feasible, `Interrupted` on SIGINT or SIGTERM.
         """
-        recorder = Recorder()
+        device = open_device(to_device(self._request.device))
+        recorder = Recorder(device)
         with recorder.span("plan"):
-            ready = self._prepared
+            ready = fetch(self._prepared)
             own = identity.identity(self._request, ready, self._callbacks)
             finished = self._out is not None and journal.is_finished(self._out, own)
         if self._out is not None and finished:
@@ -169,11 +183,11 @@ class Sweep:
             with recorder.span("callback"), Blame(callback, "on_sweep_start"):
                 callback.on_sweep_start(ready.context)
         if self._out is not None:
-            self._run_in(self._out, ready, own, recorder, watcher)
+            self._run_in(self._out, ready, own, device, recorder, watcher)
             return self._opened(self._out)
         folder = Path(tempfile.mkdtemp(prefix="fpwap-"))
         try:
-            self._run_in(folder, ready, own, recorder, watcher)
+            self._run_in(folder, ready, own, device, recorder, watcher)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -202,9 +216,17 @@ class Sweep:
         return self._ingested
 
     def _watch(self, ready: Prepared) -> Watch:
-        """Hugging Face beside the run, on a few prompts."""
+        """Hugging Face beside the run, on a few prompts; of the last wave, behind which each layer ends."""
         plan, model = ready.plan, ready.model
-        chosen = choose(ready.prompts.lengths.tolist())
+        last = plan.schedule.waves[-1]
+        samples = [
+            sample
+            for microbatch in ready.table.microbatches[last.start : last.stop]
+            for view in microbatch.views
+            for sample in view.sample_ids.tolist()
+        ]
+        lengths = ready.prompts.lengths
+        chosen = [samples[place] for place in choose([int(lengths[sample]) for sample in samples])]
         bound = zip(self._callbacks, ready.targets.bound, strict=True)
         stored = model.quantisation
         decoded = None if stored is None else Decoded(ready.checkpoint, stored, plan.dtype)
@@ -230,6 +252,7 @@ class Sweep:
         folder: Path,
         ready: Prepared,
         own: dict[str, Any],
+        device: Device,
         recorder: Recorder,
         watcher: Watch | Unwatched,
     ) -> None:
@@ -238,23 +261,28 @@ class Sweep:
         with contextlib.ExitStack() as opened:
             opened.enter_context(kept_pages())
             stop = opened.enter_context(Interruptible())
+            meter = Meter(device.torch, folder)
             with recorder.span("finish"):  # opening and closing the parts
                 if journal.claim(folder, own) == "finished":  # by another process, since `run` looked
                     return
                 store = Store.open(folder, ready.prompts.lengths)
                 opened.callback(store.close)
-                rows = plan.rows if plan.costs.residual else 0
+                outbox = Outbox(store.write, device, ring_bytes=OUTBOX)
+                opened.callback(outbox.close)
                 widths, scratch = {"residual": model.config.hidden}, folder / "scratch"
-                residual = open_residual(plan.tier, rows, widths, plan.dtype, plan.device, scratch)
+                residual = open_residual(plan.tier, plan.residual_rows, widths, plan.dtype, device, scratch)
                 opened.callback(residual.close)
+                table, rows = _by_rows(ready)
                 weights = Weights(
                     ready.checkpoint,
                     ready.layout,
                     plan.schedule.loads(),
-                    resident=max(len(group) for group in plan.schedule.groups),
-                    stream_experts=bool(plan.schedule.chunks),
+                    loading=plan.loading,
+                    ring=plan.ring,
+                    streamed=plan.schedule.streamed,
+                    rows=rows,
                     dtype=plan.dtype,
-                    device=plan.device,
+                    device=device,
                     moved=lambda size, seconds: recorder.count("weights", size, seconds),
                 )
                 opened.callback(weights.close)
@@ -266,34 +294,46 @@ class Sweep:
                 prompts=plan.prompts,
                 last=ready.targets.last,
                 declare=store.declare,
-                write=store.write,
+                write=outbox.put,
                 span=recorder.span,
                 check=stop.check,
+                device=device,
             )
             sweep(
                 Parts(
                     plan=plan,
                     family=model.family,
                     config=model.config,
-                    table=ready.table,
+                    table=table,
                     weights=weights,
                     residual=residual,
                     taps=taps,
                     store=store,
+                    flush=outbox.flush,
                     recorder=recorder,
                     progress=progress,
                     watcher=watcher,
                 )
             )
+            peaks = meter.peaks(
+                memory=plan.memory_bytes + plan.mapped_bytes, device=plan.device_bytes, disk=plan.disk_bytes
+            )
             with recorder.span("finish"):
-                for part in (progress, weights, residual):
+                for part in (progress, weights, residual, outbox):
                     part.close()
-            profile = recorder.finish(prompts=plan.prompts, tokens=plan.tokens, predicted_s=plan.predicted_s)
+            profile = recorder.finish(prompts=plan.prompts, tokens=plan.tokens, predicted=plan.phases, peaks=peaks)
             store.put_json("profile.json", profile.to_json())
             store.finish(identity.manifest(own, plan) | watcher.certificate(), ready.prompts.ids)
+            learn(plan, profile)
         for callback in self._callbacks:  # the result is complete, whatever happens here
             with Blame(callback, "on_sweep_end"):
                 callback.on_sweep_end()
+
+
+def _by_rows(ready: Prepared) -> tuple[TokenTable, NDArray[np.int64] | None]:
+    """The table whose ids are places among the ids that occur, and these; as it is where the embedding stays whole."""
+    compacted = ready.table.compact(ready.model.config.vocab) if ready.plan.by_rows else None
+    return compacted or (ready.table, None)
 
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -13,12 +13,13 @@ from torch import Tensor
 from archs.batch import Attention, Batch, Group
 from archs.contract import Family
 
+from .device import open_device
 from .errors import RequestError
 from .prepare import open_checkpoint, open_model, pad_token, stored_dtype, to_device
 from .prompts import ingest
 from .reference import HFLayers
 from .schedule import Stage
-from .weights import Decoded, Weights
+from .weights import Decoded, Head, Weights
 
 SHOWN = 0.1
 """Relative distance below which a module of HF's is taken to show what one of our hooks does."""
@@ -166,8 +167,8 @@ class Ours:
     def norm(self, given: Tensor, weights: Any) -> Tensor:
         return self._shaped(self.family.final_norm(given.flatten(0, 1), weights, self.config, self._flat()))
 
-    def unembed(self, given: Tensor, weights: Any) -> Tensor:
-        return self._shaped(self.family.unembed(given.flatten(0, 1), weights, self.config, self._flat()))
+    def unembed(self, given: Tensor, head: Head) -> Tensor:
+        return self._shaped(self.family.logits(given.flatten(0, 1), head.pieces(), self.config, self._flat()))
 
     def _flat(self) -> Batch:
         return self.batch.flat(self.attention)
@@ -312,10 +313,12 @@ def verify(
         checkpoint,
         layout,
         stages,
-        resident=1,
-        stream_experts=True,
+        loading="stream",
+        ring=2,
+        streamed=frozenset(stage for stage in stages if layout[stage].experts),
+        rows=None,
         dtype=dtype,
-        device=place,
+        device=open_device(place),
         moved=lambda size, seconds: None,
     )
     rows: list[Row] = []

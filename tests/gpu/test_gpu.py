@@ -62,3 +62,49 @@ def test_a_prompt_alone_equals_itself_in_the_dataset(folder: Path, device: str, 
         alone = Sweep(folder, [prompt], callbacks=[RawActivations()], dtype=dtype, device=device, progress=False).run()
         for layer in range(3):
             assert torch.equal(mixed.activations(layer=layer)[index], alone.activations(layer=layer)[0])
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "resident": {"loading": "resident"},
+    "streamed": {"loading": "stream", "residual": "device"},
+    "residual in RAM": {"loading": "stream", "residual": "ram", "layers_per_visit": 1},
+    "residual on disk": {"loading": "stream", "residual": "disk", "layers_per_visit": 2},
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("way", WAYS)
+def test_where_things_lie_changes_no_bit(folder: Path, device: str, way: str, dtype: str) -> None:
+    def run(**request: Any) -> Any:
+        everything = [RawActivations(last_token_only=False), RawActivations(hook="logits")]
+        return Sweep(
+            folder, prompts(), callbacks=everything, dtype=dtype, device=device, progress=False, **request
+        ).run()
+
+    expected, found = run(), run(microbatch_tokens=None, **WAYS[way])
+    for layer in range(3):
+        assert torch.equal(found.activations(layer=layer).flat, expected.activations(layer=layer).flat)
+    assert torch.equal(found.activations(hook="logits"), expected.activations(hook="logits"))
+
+
+def test_device_memory_stays_inside_the_plan(folder: Path, device: str) -> None:
+    """What torch's allocator had at its peak, beyond what the libraries took in a sweep before."""
+    request: dict[str, Any] = {
+        "callbacks": [RawActivations()],
+        "device": device,
+        "loading": "stream",
+        "progress": False,
+    }
+    Sweep(folder, prompts(), **request).run()
+    torch.accelerator.reset_peak_memory_stats()
+    before = torch.accelerator.memory_allocated()
+    sweep = Sweep(folder, prompts() * 40, **request)
+    plan = sweep.preflight()
+    assert torch.accelerator.max_memory_allocated() == before, "preflight allocates nothing on the device"
+    sweep.run()
+    assert torch.accelerator.max_memory_allocated() - before <= plan.device_bytes
+
+
+def test_phases_are_timed_by_events(folder: Path, device: str) -> None:
+    result = Sweep(folder, prompts(), callbacks=[RawActivations()], device=device, progress=False).run()
+    assert any(span.device_s for span in result.profile.spans if span.phase == "forward")

@@ -1,0 +1,121 @@
+"""Whole sweeps, every way in which a plan may lay them out: the bytes are the same.
+
+Also on a device whose copies run late and out of order (`late.Late`), which is what tells a missing wait.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import prompts, run
+from late import Late
+
+from fpwap import Callback, Result, Sweep
+from fpwap.callbacks.common import DiffOfMeans, IncrementalPCA, RawActivations, SteerInBasis
+from fpwap.device import open_device
+from fpwap.plan import Plan
+
+Checkpoint = Callable[[str], Path]
+LENGTHS = [17, 5, 29, 17, 3, 40, 11, 5, 17, 24, 9, 31]
+MODELS = ("llama", "gpt2", "mixtral")
+STEP = {"microbatch_tokens": 64, "device": "cpu"}
+
+
+def dataset() -> list[dict[str, Any]]:
+    return [{"input_ids": row, "label": place % 2} for place, row in enumerate(prompts(LENGTHS, seed=3))]
+
+
+def callbacks(folder: Path) -> list[Callback]:
+    """Every kind: rows per prompt and per token, statistics, a write in the middle, logits."""
+    config = json.loads((folder / "config.json").read_text())
+    width = config.get("hidden_size") or config["n_embd"]
+    return [
+        RawActivations(),
+        RawActivations(hook="residual_pre", last_token_only=False),
+        IncrementalPCA("all", 3, last_token_only=False),
+        DiffOfMeans([0], lambda sample: sample["label"]),
+        SteerInBasis(torch.arange(width) / width, alpha=0.5, layers=[1]),
+        RawActivations(hook="logits", positions=[0, -1]),
+    ]
+
+
+def sweep(folder: Path, **request: Any) -> Result:
+    return run(folder, dataset(), *callbacks(folder), **{"dtype": "float32", **STEP, **request})
+
+
+def content(result: Result) -> dict[str, bytes]:
+    """All that a run puts out, file by file."""
+    found = [path for part in ("activations", "artifacts") for path in (result.path / part).iterdir()]
+    return {path.name: path.read_bytes() for path in found}
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "resident": {"loading": "resident"},
+    "streamed, in RAM": {"loading": "stream", "residual": "ram", "layers_per_visit": 1},
+    "streamed, two together": {"loading": "stream", "residual": "ram", "layers_per_visit": 2},
+    "streamed, all together": {"loading": "stream", "layers_per_visit": 100},
+    "streamed, on disk": {"loading": "stream", "residual": "disk", "layers_per_visit": 1},
+    "resident, on disk": {"loading": "resident", "residual": "disk", "layers_per_visit": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Checkpoint) -> Callable[[str], dict[str, bytes]]:
+    known: dict[str, dict[str, bytes]] = {}
+
+    def of(name: str) -> dict[str, bytes]:
+        if name not in known:
+            known[name] = content(sweep(checkpoint(name), loading="resident"))
+        return known[name]
+
+    return of
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "resident"])
+def test_every_way_leaves_the_same_bytes(
+    way: str, model: str, expected: Callable[[str], dict[str, bytes]], checkpoint: Checkpoint
+) -> None:
+    assert content(sweep(checkpoint(model), **WAYS[way])) == expected(model)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("way", [*WAYS, "on the device"])
+def test_a_device_whose_copies_come_late_leaves_the_same_bytes(
+    way: str,
+    model: str,
+    expected: Callable[[str], dict[str, bytes]],
+    checkpoint: Checkpoint,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wished = WAYS.get(way, {"loading": "stream", "residual": "device", "layers_per_visit": 1})
+    for seed in range(4):
+        device = Late(seed)
+        monkeypatch.setattr("fpwap.sweep.open_device", lambda asked, device=device: device)
+        assert content(sweep(checkpoint(model), **wished)) == expected(model)
+        device.finish()
+
+
+def test_waves_leave_the_same_bytes(expected: Callable[[str], dict[str, bytes]], checkpoint: Checkpoint) -> None:
+    """A budget in which the residual stream of a part of the dataset fits, on no tier all of it."""
+    folder = checkpoint("llama")
+    wish: dict[str, Any] = {"dtype": "float32", "loading": "stream", "residual": "ram", "layers_per_visit": 1, **STEP}
+
+    def plan(memory: int | None = None) -> Plan:
+        return Sweep(folder, dataset(), callbacks=callbacks(folder), memory=memory, **wish).preflight()
+
+    most = plan().memory_bytes
+    tried = ((memory, plan(memory)) for memory in range(most, 0, -(1 << 12)))
+    memory, made = next((memory, made) for memory, made in tried if len(made.schedule.waves) > 1 or not made.feasible)
+    assert made.feasible
+    whole, parts = sweep(folder, **wish), sweep(folder, memory=memory, **wish)
+    assert content(whole) == content(parts) == expected("llama")
+    again = len(made.schedule.waves)
+    assert parts.profile.bytes_moved()["weights"] > 0.9 * again * whole.profile.bytes_moved()["weights"]
+
+
+def test_the_device_of_a_run_is_opened_by_its_name() -> None:
+    assert not open_device(torch.device("cpu")).asynchronous
