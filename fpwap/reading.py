@@ -7,10 +7,10 @@ whose pages touch and says where in memory each begins: at its file offset modul
 What the bytes mean is not known here, nor who waits for them.
 """
 
-import errno
 import os
 import threading
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +20,10 @@ from .checkpoint import Entry
 from .device import PAGE
 from .errors import ModelError
 
-CHUNK = 1 << 26
+CHUNK = 1 << 24
 """Bytes of one read call: far below the 2 GiB at which one call stops short, and soon done when a run is closed."""
-KEPT = 4
-"""Files that one reader has open past the page cache at once."""
+READS = 2
+"""Read calls under way at once: the disk is never idle between two."""
 
 
 class Closed(Exception):
@@ -123,66 +123,81 @@ class Shards:
         self._open.clear()
 
 
+class Reading:
+    """Reads under way."""
+
+    def __init__(self, parts: Sequence[Future[None]]) -> None:
+        self._parts = parts
+
+    def wait(self) -> None:
+        """Until nothing more is written. Raises `ModelError` if a file could not be read, and `Closed`."""
+        wait(self._parts)
+        for part in self._parts:
+            part.result()
+
+
 class Reader:
-    """One thread's reads. direct: past the page cache, or at least out of it again; else as the system likes."""
+    """One thread's reads, two at a time. direct: past the page cache, or at least out of it again; else through it."""
 
     def __init__(self, shards: Shards, *, direct: bool) -> None:
         self._shards, self._past = shards, direct
-        self._direct: dict[str, int] = {}
+        self._pool = ThreadPoolExecutor(READS, thread_name_prefix="fpwap-reads")
         self._refused: set[str] = set()
+        self._in_order = threading.Lock()
 
-    def read(self, extent: Span, out: Tensor) -> None:
-        """Fills uint8 ``out``, which begins at a page and has room for whole pages, however short single reads are.
-
-        Raises `ModelError` if the file ends before the extent does, and `Closed`.
-        """
-        room, done = out.numpy().data, 0
-        descriptor = self._open_direct(extent.shard)
-        direct = descriptor is not None
-        buffered = self._shards.descriptor(extent.shard)
-        while done < extent.size:
-            if self._shards.closing.is_set():
-                raise Closed
-            part = room[done : min(done + CHUNK, whole_pages(extent.size))]
-            try:
-                got = os.preadv(
-                    descriptor if direct and descriptor is not None else buffered, [part], extent.begin + done
-                )
-            except OSError as error:
-                if direct and error.errno == errno.EINVAL:
-                    self._refuse(extent.shard)
-                    direct = False
-                    continue
-                path = self._shards.folder / extent.shard
-                at = extent.begin + done
-                raise ModelError(f"{path} cannot be read at byte {at}: {error.strerror or error}") from error
-            if got == 0:
-                path = self._shards.folder / extent.shard
-                raise ModelError(f"{path} ends at byte {extent.begin + done}: it was truncated while it was read")
-            if self._past and not direct:
-                os.posix_fadvise(buffered, extent.begin + done, got, os.POSIX_FADV_DONTNEED)
-            done += got
-            direct = direct and done % PAGE == 0  # the rest of a page cannot be read past the cache
+    def begin(self, extents: Sequence[tuple[Span, int]], memory: Tensor) -> Reading:
+        """Reads extents to their places in uint8 ``memory``, which begins at a page and has room for whole pages."""
+        room, parts = memory.numpy().data, list[Future[None]]()
+        for extent, start in extents:
+            for first in range(0, extent.size, CHUNK):
+                part = Span(extent.shard, extent.begin + first, min(CHUNK, extent.size - first))
+                own = room[start + first : start + first + whole_pages(part.size)]
+                parts.append(self._pool.submit(self._read, part, own))
+        return Reading(parts)
 
     def close(self) -> None:
-        for descriptor in self._direct.values():
-            os.close(descriptor)
-        self._direct.clear()
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _open_direct(self, shard: str) -> int | None:
-        if not self._past or shard in self._refused:
-            return None
-        if shard not in self._direct:
-            if len(self._direct) == KEPT:
-                os.close(self._direct.pop(next(iter(self._direct))))
-            try:  # the file that is held open, whatever has its name by now
-                flags = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT
-                self._direct[shard] = os.open(f"/proc/self/fd/{self._shards.descriptor(shard)}", flags)
-            except OSError:
-                self._refused.add(shard)
-                return None
-        return self._direct[shard]
+    def _read(self, part: Span, room: memoryview) -> None:
+        done = 0 if not self._past or part.shard in self._refused else self._direct(part, room)
+        if done < part.size:
+            with self._in_order:  # the system reads ahead for one who reads in a row
+                self._buffered(part, room, done)
 
-    def _refuse(self, shard: str) -> None:
-        self._refused.add(shard)
-        os.close(self._direct.pop(shard))
+    def _direct(self, part: Span, room: memoryview) -> int:
+        """Bytes read past the page cache: fewer than all where a read stopped within a page, none where refused."""
+        done = 0
+        try:  # the file that is held open, whatever has its name by now
+            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT
+            descriptor = os.open(f"/proc/self/fd/{self._shards.descriptor(part.shard)}", flags)
+            try:
+                while done < part.size and done % PAGE == 0:
+                    done += self._some(descriptor, part, room, done)
+            finally:
+                os.close(descriptor)
+        except OSError:  # buffered reads have the last word
+            self._refused.add(part.shard)
+            return 0
+        return done
+
+    def _buffered(self, part: Span, room: memoryview, done: int) -> None:
+        descriptor = self._shards.descriptor(part.shard)
+        while done < part.size:
+            try:
+                got = self._some(descriptor, part, room, done)
+            except OSError as error:
+                path = self._shards.folder / part.shard
+                raise ModelError(f"{path} cannot be read at byte {part.begin + done}: {error.strerror}") from error
+            if self._past:
+                os.posix_fadvise(descriptor, part.begin + done, got, os.POSIX_FADV_DONTNEED)
+            done += got
+
+    def _some(self, descriptor: int, part: Span, room: memoryview, done: int) -> int:
+        """Bytes of one read, however short."""
+        if self._shards.closing.is_set():
+            raise Closed
+        got = os.preadv(descriptor, [room[done:]], part.begin + done)
+        if got == 0:
+            path = self._shards.folder / part.shard
+            raise ModelError(f"{path} ends at byte {part.begin + done}: it was truncated while it was read")
+        return got

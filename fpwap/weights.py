@@ -10,6 +10,7 @@ The maths is not known here, nor how a folder is laid out: only which bytes each
 """
 
 import contextlib
+import math
 import mmap
 import os
 import time
@@ -28,16 +29,17 @@ from archs.contract import Resident
 
 from .checkpoint import FP8_SCALES, MXFP4, STORED, Checkpoint, Entry, Layout, Parcel, Piece, Slot
 from .device import Cpu, Device, Event
+from .errors import ModelError
 from .formats import Quantisation
-from .reading import Reader, Shards, whole_pages
-from .recipes import ROOM, Batch, Recipe, Way, recipe, slices, slot_size, without_experts
+from .reading import Closed, Gathered, Reader, Reading, Shards
+from .recipes import Batch, Recipe, Way, recipe, slices, slot_size, without_experts
 from .schedule import Stage
 
 Moved = Callable[[int, float], None]
 Loading = Literal["resident", "stream"]
 
 STAGINGS = 4
-"""Staging buffers of an accelerator's reader: one is read into while others are on their way."""
+"""Staging buffers of an accelerator's reader: two are read into while others are on their way. In RAM two will do."""
 PIECE, PIECE_ROWS = 96 << 20, 4096
 """Bytes of a piece of the head, about; and what its rows are a multiple of."""
 
@@ -286,16 +288,17 @@ class _Loader:
     def __init__(self, shards: Shards, device: Device, *, direct: bool, room: int) -> None:
         self._shards, self._device = shards, device
         self._reader, self._stream = Reader(shards, direct=direct), device.stream()
-        count = STAGINGS if device.asynchronous else 1
+        count = STAGINGS if device.asynchronous else 2
         self._staging = deque(_Staging(device, room) for _ in range(count if room else 0))
 
     def load(self, found: Recipe, memory: Tensor, free: Event) -> _Loaded:
         """Fills a slot, once it is ``free``, and makes the weights that lie there. Raises `ModelError`, `Closed`."""
         self._stream.wait(free)
-        for extent, start in found.extents:
-            self._reader.read(extent, memory[start : start + whole_pages(extent.size)])
-        for batch in found.batches:
-            self._batch(batch, memory)
+        straight = self._reader.begin(found.extents, memory)
+        try:
+            self._batches(found.batches, memory)
+        finally:
+            straight.wait()
         maps = _Maps(found, self._shards)
         places = zip(found.parcel.slots, found.places, strict=True)
         tensors = (maps.tensor(slot) if place is None else place.of(memory) for slot, place in places)
@@ -307,13 +310,26 @@ class _Loader:
         self._stream.record().synchronize()
         self._staging.clear()
 
-    def _batch(self, batch: Batch, memory: Tensor) -> None:
-        read, gathered = self._next(), batch.gathered()
-        for extent, start in gathered.extents:
-            self._reader.read(extent, read.memory[start : start + whole_pages(extent.size)])
-        starts = iter(gathered.starts)
+    def _batches(self, batches: Sequence[Batch], memory: Tensor) -> None:
+        """One is read while what the one before becomes is made."""
+        under_way: deque[tuple[Batch, Gathered, _Staging, Reading]] = deque()
+        try:
+            for batch in batches:
+                staging, gathered = self._next(), batch.gathered()
+                under_way.append((batch, gathered, staging, self._reader.begin(gathered.extents, staging.memory)))
+                if len(under_way) == 2:
+                    self._make(*under_way.popleft(), memory)
+            while under_way:
+                self._make(*under_way.popleft(), memory)
+        finally:  # nobody may write into a buffer that is given out again
+            for *_, reading in under_way:
+                with contextlib.suppress(ModelError, Closed):
+                    reading.wait()
+
+    def _make(self, batch: Batch, gathered: Gathered, read: "_Staging", reading: Reading, memory: Tensor) -> None:
+        reading.wait()
         made = self._next() if self._device.asynchronous and any(strip.make for strip in batch.strips) else None
-        used = 0
+        starts, used = iter(gathered.starts), 0
         for strip in batch.strips:
             out = memory[strip.start : strip.start + strip.size]
             raw = [read.memory[start : start + span.size] for span, start in zip(strip.spans, starts, strict=False)]
@@ -325,10 +341,10 @@ class _Loader:
                 part = made.memory[used : used + strip.size]
                 strip.make(raw, part)
                 self._stream.copy(out, part)
-                used += -(-strip.size // ROOM) * ROOM
-        for staging in (read, made):
-            if staging is not None:
-                staging.free = self._stream.record()
+                used += strip.made
+        read.free = self._stream.record()
+        if made is not None:
+            made.free = read.free
 
     def _next(self) -> "_Staging":
         """A staging buffer from which all copies have been done."""
@@ -425,10 +441,10 @@ class Decoded(Mapping[str, Tensor]):
             return Slot((Piece(values, values.shape),), STORED[values.dtype]), values.shape
         if values.dtype != "U8":
             return Slot((Piece(values, values.shape, scales, quantised=self._quantised),)), values.shape
-        experts, height, groups, _ = values.shape
-        shape = (2 * 16 * groups, height)
-        pieces = (Piece(values, shape, scales, row, experts, self._quantised) for row in range(experts))
-        return Slot(tuple(pieces)), (experts, *shape)
+        *stack, height, groups, _ = values.shape
+        shape, rows = (2 * 16 * groups, height), math.prod(stack)
+        pieces = (Piece(values, shape, scales, row, rows, self._quantised) for row in range(rows))
+        return Slot(tuple(pieces)), (*stack, *shape)
 
 
 @dataclass(frozen=True)
