@@ -175,39 +175,62 @@ class Setting:
     peers: Path
 
 
+def add_setting(parser: argparse.ArgumentParser, cache: str = "hot") -> None:
+    """The arguments that make a `Setting`."""
+    parser.add_argument("--cache", choices=("hot", "cold"), default=cache)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--device", default="cpu", help="that computes, the same for all")
+    parser.add_argument("--threads", type=int, default=report.cores())
+    parser.add_argument("--peer-python", type=Path, default=PEER_PYTHON, help="of make bench-peers")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--write", action="store_true", help="keep the run under tools/bench/results/")
+
+
+def setting(args: argparse.Namespace, model: Path) -> Setting:
+    """Of `add_setting`'s arguments."""
+    return Setting(
+        model=model.resolve(),
+        dtype=DTYPES[args.dtype],
+        device=args.device,
+        threads=args.threads,
+        cache=args.cache,
+        peers=args.peer_python.absolute(),  # not resolved: a link's target is outside its environment
+    )
+
+
 class Bench:
     """Runs contenders, one process after the other, over files in ``folder``."""
 
-    def __init__(self, setting: Setting, prompts: Sequence[np.ndarray], folder: Path) -> None:
-        self._setting, self._folder = setting, folder
-        threads = str(setting.threads)
+    def __init__(self, given: Setting, prompts: Sequence[np.ndarray], folder: Path) -> None:
+        self._setting, self._folder = given, folder
+        threads = str(given.threads)
         self._env = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         offsets = np.cumsum([0, *map(len, prompts)])
         np.savez(folder / "prompts.npz", ids=np.concatenate(prompts), offsets=offsets)
 
     def take(self, spec: Spec, turn: int) -> tuple[Taken, Tensor]:
         """A sample, and what the contender captured."""
-        setting = self._setting
-        for shard in setting.model.glob("*.safetensors"):
-            if setting.cache == "cold":
+        given = self._setting
+        for shard in given.model.glob("*.safetensors"):
+            if given.cache == "cold":
                 limits.evict(shard)
             else:
                 limits.read(shard)
         task = Task(
             contender=spec.contender,
             options=spec.options,
-            model=str(setting.model),
+            model=str(given.model),
             prompts=str(self._folder / "prompts.npz"),
-            dtype=setting.dtype,
-            device=setting.device,
-            threads=setting.threads,
-            cold=setting.cache == "cold",
+            dtype=given.dtype,
+            device=given.device,
+            threads=given.threads,
+            cold=given.cache == "cold",
             answer=str(self._folder / "answer.json"),
             captured=str(self._folder / "captured.safetensors"),
         )
         (self._folder / "task.json").write_text(json.dumps(asdict(task)))
-        peer = spec.contender in PEERS and setting.peers.exists()
-        command = [str(setting.peers) if peer else sys.executable, str(ROOT / "tools/bench/contenders.py")]
+        peer = spec.contender in PEERS and given.peers.exists()
+        command = [str(given.peers) if peer else sys.executable, str(ROOT / "tools/bench/contenders.py")]
         if spec.cap is not None:
             command = [sys.executable, str(ROOT / "tools/bench/memory_cap.py"), str(spec.cap), "--", *command]
         env = {name: value for name, value in self._env.items() if name != "PYTHONPATH"} if peer else self._env
@@ -215,19 +238,29 @@ class Bench:
         self._call([*command, str(self._folder / "task.json")], spec.text, env)
         seconds = perf_counter() - started
         sample = Sample(**json.loads(Path(task.answer).read_text()))
-        return Taken(spec.text, turn, seconds, setting.threads, sample), load_file(task.captured)["captured"]
+        return Taken(spec.text, turn, seconds, given.threads, sample), load_file(task.captured)["captured"]
+
+    def rounds(self, specs: Sequence[Spec], count: int) -> dict[str, list[Taken]]:
+        """Samples of each by turns, told on the way, without what they captured."""
+        found: dict[str, list[Taken]] = {spec.text: [] for spec in specs}
+        for turn in range(1, count + 1):
+            for spec in specs:
+                sample, _ = self.take(spec, turn)
+                found[spec.text].append(sample)
+                _say(f"{self._setting.model.name:<12}{spec.text:<36}{sample.sample.wall_s:9.2f} s", sample)
+        return found
 
     def rate(self) -> Rate:
         """What this model's matrices are multiplied at, now; for cold runs also what its file is read at."""
-        setting = self._setting
-        command = [sys.executable, "-m", "tools.bench.limits", str(setting.model), "--dtypes", setting.dtype]
-        command += ["--threads", str(setting.threads), "--device", setting.device, "--only", "gemm"]
-        if setting.cache == "cold":
+        given = self._setting
+        command = [sys.executable, "-m", "tools.bench.limits", str(given.model), "--dtypes", given.dtype]
+        command += ["--threads", str(given.threads), "--device", given.device, "--only", "gemm"]
+        if given.cache == "cold":
             command += ["disk", "--direct", "--gb", str(DISK_GB)]
         figures = json.loads(self._call(command, "limits", self._env).splitlines()[-1])
         disk = max((way["rate"] for way in figures.get("disk", {}).values()), default=0.0)
-        gemm = figures["gemm"][setting.dtype]["best"]
-        return Rate(gemm, disk, figures["cores"], setting.threads, setting.device)
+        gemm = figures["gemm"][given.dtype]["best"]
+        return Rate(gemm, disk, figures["cores"], given.threads, given.device)
 
     def _call(self, command: list[str], what: str, env: Mapping[str, str]) -> str:
         done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
@@ -383,13 +416,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="clean samples wanted of each")
     parser.add_argument("--more", type=int, default=2, help="further samples at most, for those that were flagged")
     parser.add_argument("--once", nargs="+", default=[], metavar="CONTENDER", help="one sample of these is enough")
-    parser.add_argument("--cache", choices=("hot", "cold"), default="hot")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--device", default="cpu", help="that computes, the same for all")
-    parser.add_argument("--threads", type=int, default=report.cores())
-    parser.add_argument("--peer-python", type=Path, default=PEER_PYTHON, help="of make bench-peers")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--write", action="store_true", help="keep the run under tools/bench/results/")
+    add_setting(parser)
     args = parser.parse_args()
     has_peers = args.peer_python.exists()
     args.contenders = args.contenders or [Spec.parse(name) for name in CONTENDERS if has_peers or name not in PEERS]
@@ -410,16 +437,8 @@ def main() -> None:
     prompts = draw(case, config["vocab_size"], args.seed)
     lengths = [len(prompt) for prompt in prompts]
     tokens = sum(lengths)
-    setting = Setting(
-        model=model,
-        dtype=DTYPES[args.dtype],
-        device=args.device,
-        threads=args.threads,
-        cache=args.cache,
-        peers=args.peer_python.absolute(),  # not resolved: a link's target is outside its environment
-    )
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        bench = Bench(setting, prompts, Path(folder))
+        bench = Bench(setting(args, model), prompts, Path(folder))
         run = play(bench, {s: 1 if s.text in args.once else args.rounds for s in args.contenders}, args.more)
 
     limit = Limit.of(model, tokens, run.rates)

@@ -105,13 +105,15 @@ Contender = Callable[..., Tensor]
 """``(task, sample, **options)``: fills in the sample, returns ``[layers, prompts, hidden]``."""
 
 
-def fpwap(task: Task, sample: Sample, **options: Any) -> Tensor:
-    """This project; options are `Sweep`'s."""
+def fpwap(task: Task, sample: Sample, *, capture: int | None = None, **options: Any) -> Tensor:
+    """This project; options are `Sweep`'s. capture: one layer instead of all."""
     from fpwap import Sweep
     from fpwap.callbacks.common import RawActivations
 
     asked: dict[str, Any] = {"dtype": task.dtype, "device": task.device, "progress": False} | options
-    sweep = Sweep(task.model, task.ids(), callbacks=[RawActivations(layers="all")], **asked)
+    layers = range(json.loads((Path(task.model) / "config.json").read_text())["num_hidden_layers"])
+    chosen = list(layers) if capture is None else [layers[capture]]
+    sweep = Sweep(task.model, task.ids(), callbacks=[RawActivations(layers=chosen)], **asked)
     with sample.clock():
         result = sweep.run()
     profile, plan = result.profile, sweep.preflight()
@@ -124,8 +126,7 @@ def fpwap(task: Task, sample: Sample, **options: Any) -> Tensor:
         "moved": moved,
         "memory_bytes": plan.memory_bytes,
     }
-    layers = json.loads((Path(task.model) / "config.json").read_text())["num_hidden_layers"]
-    return torch.stack([torch.as_tensor(result.activations(layer=layer)) for layer in range(layers)])
+    return torch.stack([torch.as_tensor(result.activations(layer=layer)) for layer in chosen])
 
 
 def fpwap_padded(task: Task, sample: Sample, **options: Any) -> Tensor:
