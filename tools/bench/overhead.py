@@ -30,6 +30,7 @@ import torch
 import fpwap.sweep
 from fpwap import Sweep
 from fpwap.callbacks.common import RawActivations
+from fpwap.device import Device
 from fpwap.profile import Profile, Recorder
 from fpwap.progress import Progress
 
@@ -43,6 +44,9 @@ class Silent:
     """A recorder that keeps nothing: what it is asked for, it does at the least cost there is."""
 
     nothing = contextlib.nullcontext()
+
+    def __init__(self, device: Device | None = None) -> None:
+        pass
 
     def span(self, phase: str, layer: str | None = None) -> contextlib.AbstractContextManager[None]:
         return self.nothing
