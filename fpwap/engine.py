@@ -74,7 +74,6 @@ def sweep(parts: Parts) -> None:
                 taps.start_layer(layer)
         same = following is not None and (following.wave, following.group) == (step.wave, step.group)
         _visit(parts, step, table.joined(step.microbatches), following if same else None)
-        parts.progress.step(stages[-1].label)
         if step.last:
             parts.residual.turn()
             taps.settle()
@@ -142,6 +141,7 @@ def _through(parts: Parts, step: Step, stage: Stage, x: Tensor, batch: Batch, mi
     passed: Tensor | None = None
     with recorder.span("forward", stage.label), contextlib.suppress(Reached):
         passed = _forward(parts, stage, loaded[stage], x, batch, microbatch)
+    parts.progress.step(stage.label)
     if step.last:
         if step.wave == len(parts.plan.schedule.waves) - 1:
             with recorder.span("verify", stage.label):

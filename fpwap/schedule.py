@@ -83,7 +83,10 @@ class Schedule:
         return [stage for _ in self.waves for group in self.groups for stage in group]
 
     def __len__(self) -> int:
-        return sum(len(self.visits(wave, group)) for wave in self.waves for group in range(len(self.groups)))
+        """How often a stage is gone through, by however many microbatches at once."""
+        return sum(
+            len(stages) * len(self.visits(wave, group)) for wave in self.waves for group, stages in enumerate(self.groups)
+        )
 
 
 def cut(sizes: NDArray[np.int64], limit: int) -> tuple[range, ...]:

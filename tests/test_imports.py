@@ -25,6 +25,7 @@ TYPES = {
     "checkpoint": {"formats"},
     "context": {"prompts"},
     "callbacks.common": {"callbacks.moments"},
+    "meter": {"machine"},
     "outbox": {"store"},
     "costs": {"rates", "residual"},
     "plan": {"costs", "rates", "residual"},

@@ -313,7 +313,8 @@ def test_a_short_read_left_old_bytes_in_place(
     dtype: str, folder: Path, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of weights and of the residual stream: `preadv` returns what it likes."""
-    request = {"dtype": dtype, "residual": "disk", "device": device, "microbatch_tokens": 30}
+    request = {"dtype": dtype, "device": device, "microbatch_tokens": 30, "loading": "stream"}
+    request |= {"residual": "disk", "layers_per_visit": 1}
     expected = keep(folder, DATA, Keep(), **request)
     read, calls = os.preadv, iter(range(10**9))
 

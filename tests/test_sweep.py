@@ -929,7 +929,7 @@ def test_progress_events_count_every_step(folder: Path, device: str, capfd: pyte
     run(folder, DATA, Keep(["logits"]), progress=events.append, microbatch_tokens=20, device=device)
     total = events[-1].total
     assert [event.done for event in events] == list(range(1, total + 1))
-    assert list(dict.fromkeys(event.stage for event in events)) == ["0", "1", "2", "head"]
+    assert list(dict.fromkeys(event.stage for event in events)) == ["embed", "0", "1", "2", "norm", "head"]
     elapsed = [event.elapsed_s for event in events]
     assert elapsed == sorted(elapsed) and elapsed[0] >= 0
     run(folder, DATA, Keep(), progress=False, device=device)
@@ -939,7 +939,7 @@ def test_progress_events_count_every_step(folder: Path, device: str, capfd: pyte
 
 def test_phases_add_up_to_the_wall_clock(folder: Path, device: str) -> None:
     data = prompts([LONGEST, 6] * 100)
-    result = run(folder, data, *everything(), device=device, residual="disk", microbatch_tokens=500)
+    result = run(folder, data, *everything(), device=device, residual="disk", layers_per_visit=1, microbatch_tokens=500)
     profile = result.profile
     phases = profile.by_phase()
     assert set(phases) == {*PHASES, "unattributed"}

@@ -99,7 +99,7 @@ def test_one_swapped_row_pair_in_the_store_stops_it(
 
     monkeypatch.setattr(InMemory, "write", swapped)
     with pytest.raises(VerificationError, match=r"layer 2, hook 'residual_pre', prompt 0: what enters is not"):
-        run(checkpoint("llama_gqa"), DATASET, RawActivations([-1]), verify=True)
+        run(checkpoint("llama_gqa"), DATASET, RawActivations([-1]), verify=True, layers_per_visit=1)
 
 
 @pytest.mark.parametrize("callbacks", [(), ("final_norm",)], ids=["reads", "writes behind the layers"])
