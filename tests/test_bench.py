@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from fpwap import Sweep
 from fpwap.callbacks.common import RawActivations
-from tools.bench import bench, limits, make_checkpoint, memory_cap, report
+from tools.bench import bench, limits, make_checkpoint, memory_cap, paper, report, scaling
 from tools.bench.contenders import Sample
 from tools.bench.make_checkpoint import Parameter, Shape
 
@@ -200,6 +201,51 @@ def test_a_table_is_aligned(rows: list[list[str]]) -> None:
     assert len(lines) == len(rows) + 2
     assert len({len(line) for line in lines}) == 1
     assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]] == rows
+
+
+def test_scaling_is_drawn_over_both_sizes(tmp_path: Path) -> None:
+    one = scaling.Point("prompts", 4, 8, 100, 1.0, 1.1, 10**9, 10**8, 1, 1)
+    scaling.draw([one, replace(one, prompts=16), replace(one, over="layers")], "title", tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- paper ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "billions"), [("70B", 70.55), ("405B", 405.85), ("671B", 671.03)])
+def test_models_on_paper_have_the_published_number_of_weights(name: str, billions: float) -> None:
+    tensors = make_checkpoint.parameters(paper.LLAMAS[name]) if name in paper.LLAMAS else paper.deepseek()
+    weights = sum(math.prod(one.shape) for one in tensors if not one.name.endswith(limits.SCALES))
+    assert weights / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+SMALL = {"num_hidden_layers": 4, "n_routed_experts": 16, "hidden_size": 512, "moe_intermediate_size": 256}
+
+
+def test_a_plan_on_paper_is_that_of_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one card of several, with a share of what they have in common; of what is here, nothing is asked."""
+    monkeypatch.setattr(paper, "DEEPSEEK", paper.DEEPSEEK | SMALL)
+    size = paper.hollow("671B", tmp_path / "model")
+    whole = make_checkpoint.write_tensors(tmp_path / "twin", paper.deepseek(), paper.DEEPSEEK, hollow=True)
+    assert size == whole
+    eight = replace(paper.ONE_80, cards=8)
+    plans = [paper.planned(tmp_path / "model", machine, 20, 8) for machine in (paper.ONE_80, eight)]
+    assert [plan.device.type for plan in plans] == ["cuda", "cuda"]
+    assert [plan.prompts for plan in plans] == [20, 3]
+    assert [plan.budgets.device for plan in plans] == [int(0.9 * 80e9)] * 2
+    assert plans[0].budgets.memory == pytest.approx(8 * plans[1].budgets.memory, rel=1e-6)
+    assert plans[0].rates.disk_read == 8 * plans[1].rates.disk_read == 1e10
+    assert "conservative" not in plans[0].summary()
+    found = paper.estimate("671B", tmp_path / "model", eight, 20, 8, show=False)
+    assert found.limit_s == pytest.approx(8 * limits.layers_bytes(tmp_path / "model") / 1e10)
+
+
+def test_scales_of_quantised_matrices_are_no_matrices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paper, "DEEPSEEK", paper.DEEPSEEK | SMALL)
+    paper.hollow("671B", tmp_path / "model")
+    names = {linear.name for layer in limits.linears(tmp_path / "model") for linear in layer}
+    assert "mlp.experts.7.up_proj.weight" in names
+    assert not [name for name in names if name.endswith(limits.SCALES) or "experts.8" in name]
 
 
 # --- caps -----------------------------------------------------------------------------------------------------------

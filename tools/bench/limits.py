@@ -45,6 +45,8 @@ from .contenders import from_disk
 HEIGHTS = (1024, 2048, 4096)
 LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
 EXPERT = re.compile(r"experts\.(\d+)\.")
+SCALES = "_scale_inv"
+"""What names of quantised weights' scales end with: two dimensions, and no matrices."""
 COPIED = 1 << 28
 READ = 1 << 24
 """Bytes of one read call."""
@@ -95,7 +97,9 @@ def linears(model: Path) -> list[list[Linear]]:
     layers: dict[int, list[Linear]] = {}
     for tensor in stored(model):
         expert = EXPERT.search(tensor.name)
-        if len(tensor.shape) == 2 and (expert is None or int(expert[1]) < chosen):
+        if tensor.name.endswith(SCALES) or len(tensor.shape) != 2:
+            continue
+        if expert is None or int(expert[1]) < chosen:
             layers.setdefault(tensor.layer, []).append(Linear(tensor.name, *tensor.shape))
     return [layers[index] for index in sorted(layers)]
 
