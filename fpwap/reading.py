@@ -146,8 +146,12 @@ class Reader:
         self._in_order = threading.Lock()
 
     def begin(self, extents: Sequence[tuple[Span, int]], memory: Tensor) -> Reading:
-        """Reads extents to their places in uint8 ``memory``, which begins at a page and has room for whole pages."""
-        room, parts = memory.numpy().data, list[Future[None]]()
+        """Reads extents to their places in uint8 ``memory``, which begins at a page and has room for whole pages.
+
+        Memory into which nothing is read may lie anywhere; else it is RAM.
+        """
+        parts: list[Future[None]] = []
+        room = memory.numpy().data if extents else memoryview(b"")
         for extent, start in extents:
             for first in range(0, extent.size, CHUNK):
                 part = Span(extent.shard, extent.begin + first, min(CHUNK, extent.size - first))

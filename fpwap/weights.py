@@ -82,8 +82,8 @@ class Weights:
 
         self._recipes = {stage: self._recipe(layout[stage], stage, rows) for stage in dict.fromkeys(stages)}
         turns = [parcel for stage in self._recipes for parcel in self._in_turns(layout[stage], stage)]
-        entries = {e for s in self._recipes for slot in layout[s].slots for p in slot.pieces for e in p.stored}
-        self._shards = Shards(checkpoint.folder, sorted({entry.shard for entry in entries}))
+        shards = {e.shard for s in self._recipes for slot in layout[s].slots for p in slot.pieces for e in p.stored}
+        self._shards = Shards(checkpoint.folder, sorted(shards))
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fpwap-weights")
         try:
             count = len(self._order) if self._kept else ring

@@ -711,6 +711,38 @@ def test_copies_that_come_late_change_nothing(loading: Loading, folder: Path, sm
         device.finish()
 
 
+class Foreign(Tensor):
+    """Memory that only the device can write."""
+
+    def numpy(self, *, force: bool = False) -> Any:
+        raise TypeError("can't convert device memory to numpy")
+
+    def copy_(self, *values: Any, **options: Any) -> Any:
+        raise TypeError("copied by the caller")
+
+
+class Apart(Late):
+    """Its memory lies apart from RAM."""
+
+    def memory(self, size: int) -> Tensor:
+        return super().memory(size).as_subclass(Foreign)
+
+    def copied(self, out: Tensor, source: Tensor) -> bool:
+        assert isinstance(out, Foreign) and not isinstance(source, Foreign)
+        return super().copied(out.as_subclass(Tensor), source)
+
+
+@pytest.mark.parametrize("loading", ["resident", "stream"])
+@pytest.mark.parametrize("method", ["fp8", "mxfp4"])
+def test_only_copies_touch_the_memory_of_a_device(method: str, loading: Loading, tmp_path: Path, small: None) -> None:
+    stored, meant = quantised(method)
+    save(stored, tmp_path / "model.safetensors")
+    rows = np.array([3, 50, 51])
+    held = opened(tmp_path, Apart(11), QUANTISED[method], loading=loading, streamed=IN_TURNS, rows=rows)
+    sweep(held, expected(meant, torch.bfloat16, rows))
+    held.close()
+
+
 def scenario(folder: Path, dtype: torch.dtype, streamed: frozenset[Stage]) -> Callable[[Late], None]:
     """A sweep in which the maths is under way whenever it can be; afterwards nothing is on its way."""
     wanted = expected(model(), dtype)
