@@ -122,6 +122,24 @@ def test_against_a_dict_of_rows(tier: Tier, seed: int | None, data: st.DataObjec
             store.close()
 
 
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("tier", TIERS)
+def test_what_was_announced_and_not_read_is_not_kept_for_the_next_group(tier: Tier, late: bool, tmp_path: Path) -> None:
+    for seed in range(10):
+        device: Device = Late(seed) if late else Cpu()
+        store, rows = opened(tier, 4, device, tmp_path), slice(0, 4)
+        for group in range(3):
+            store.write(rows, values(rows, group))
+            store.turn()
+            store.fetch(rows)
+        store.write(rows, values(rows, 3))
+        store.turn()
+        out = torch.empty(4, WIDTH)
+        store.read(rows, out)
+        assert torch.equal(out, values(rows, 3))
+        store.close()
+
+
 @pytest.mark.parametrize("tier", TIERS)
 def test_waves_begin_at_the_first_row_again(tier: Tier, tmp_path: Path) -> None:
     device = Late(3)
