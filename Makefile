@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: demo test check format test-gpu test-full test-trained faults bench-peers clean
+.PHONY: demo test check format test-gpu test-full test-trained faults bench bench-peers clean
 
 demo: $(VENV)/demo
 	$(BIN)/fpwap demo
@@ -36,6 +36,12 @@ test-trained: $(VENV)/dev  # needs the network, gguf and 2 GB: checkpoints with 
 
 faults: $(VENV)/dev  # puts single faults into the families; the conformance suite must catch each
 	$(BIN)/python tools/seeded_faults.py
+
+bench: $(VENV)/dev build/peers/done build/bench/S  # a small model through every contender; tools/bench has the others
+	$(BIN)/python -m tools.bench.bench build/bench/S --case equal --prompts 16 --dtype f32
+
+build/bench/S:
+	$(BIN)/python -m tools.bench.make_checkpoint S $@ --dtype f32
 
 bench-peers: build/peers/done  # needs the network and 2 GB: what tools/bench compares with, in an environment of its own
 

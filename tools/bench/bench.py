@@ -235,9 +235,11 @@ class Bench:
             command = [sys.executable, str(ROOT / "tools/bench/memory_cap.py"), str(spec.cap), "--", *command]
         env = {name: value for name, value in self._env.items() if name != "PYTHONPATH"} if peer else self._env
         started = perf_counter()
-        self._call([*command, str(self._folder / "task.json")], spec.text, env)
+        done = self._call([*command, str(self._folder / "task.json")], spec.text, env)
         seconds = perf_counter() - started
         sample = Sample(**json.loads(Path(task.answer).read_text()))
+        if spec.cap is not None:
+            sample.rest["cap"] = json.loads(done.stderr.splitlines()[-1])
         return Taken(spec.text, turn, seconds, given.threads, sample), load_file(task.captured)["captured"]
 
     def rounds(self, specs: Sequence[Spec], count: int) -> dict[str, list[Taken]]:
@@ -257,17 +259,17 @@ class Bench:
         command += ["--threads", str(given.threads), "--device", given.device, "--only", "gemm"]
         if given.cache == "cold":
             command += ["disk", "--direct", "--gb", str(DISK_GB)]
-        figures = json.loads(self._call(command, "limits", self._env).splitlines()[-1])
+        figures = json.loads(self._call(command, "limits", self._env).stdout.splitlines()[-1])
         disk = max((way["rate"] for way in figures.get("disk", {}).values()), default=0.0)
         gemm = figures["gemm"][given.dtype]["best"]
         return Rate(gemm, disk, figures["cores"], given.threads, given.device)
 
-    def _call(self, command: list[str], what: str, env: Mapping[str, str]) -> str:
+    def _call(self, command: list[str], what: str, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             killed = f"{what} was killed by signal {abs(done.returncode) % 128}" if done.returncode in KILLED else ""
             raise Failed(f"{what} failed\n{done.stdout}{done.stderr}\n{killed}".strip())
-        return done.stdout
+        return done
 
 
 def distance(captured: Tensor, reference: Tensor) -> float:
@@ -335,6 +337,12 @@ def spoken(rates: Sequence[Rate]) -> str:
     )
     disks = [rate.disk / 1e9 for rate in rates if rate.disk]
     return f"{told}, disk rate {median(disks):.2f} GB/s ({min(disks):.2f} to {max(disks):.2f})" if disks else told
+
+
+def spoken_cap(figures: Sequence[Mapping[str, int]]) -> str:
+    """What a capped contender took of its memory group, page cache included, for a reader."""
+    limit, peak = figures[0]["limit"], max(one["peak"] for one in figures)
+    return f"{peak / 1e6:,.0f} MB of its group's {limit / 1e6:,.0f} MB at the peak, page cache included"
 
 
 def tabulate(results: dict[str, dict[str, Any]], against: str) -> str:
@@ -453,6 +461,10 @@ def main() -> None:
         f"{spoken(run.rates)}, so {limit}. speed and differs: against {args.against}."
         f"\n\n{tabulate(results, args.against)}"
     )
+    capped = {
+        name: [one.sample.rest["cap"] for one in own] for name, own in run.taken.items() if "cap=" in name and own
+    }
+    text += "".join(f"\n\n{name}: {spoken_cap(taken)}" for name, taken in capped.items())
     text += "".join(f"\n\nFAILED {name}: {error}" for name, error in run.failed.items())
     figures = {
         "bench": "bench",

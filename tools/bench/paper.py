@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 from typing import Any
 from unittest import mock
 
@@ -230,7 +230,7 @@ def planned(model: Path, machine: Machine, prompts: int, length: int) -> Plan:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One model, machine and dataset: seconds and bytes, of one card where there are several."""
+    """One model, machine and dataset: seconds and bytes, of one card where there are several. plan_s: of processor."""
 
     model: str
     machine: str
@@ -274,9 +274,9 @@ HEAD = ("model", "machine", "prompts", "time", "share", "bound", "read GB", "car
 
 def estimate(name: str, model: Path, machine: Machine, prompts: int, length: int, show: bool) -> Estimate:
     """Plans one case."""
-    started = perf_counter()
+    started = process_time()
     plan = planned(model, machine, prompts, length)
-    took = perf_counter() - started
+    took = process_time() - started
     if show:
         print(f"\n{name}, {machine.name}, {prompts:,} prompts, of one card:\n{plan.summary()}")
     operations = 2.0 * limits.weights_per_token(model) * plan.tokens
@@ -341,7 +341,7 @@ def main() -> None:
             "share: of the limit, operations / matrix rate or the layers' bytes once / disk rate. read, card, RAM and "
             "disk are those of one card's sweep.",
             report.table(("assumed", "TFLOP/s a card", "TB/s a card", "RAM GB", "link GB/s", "disk GB/s"), assumed),
-            f"slowest plan: {slowest.plan_s:.1f} s ({slowest.model}, {slowest.prompts:,} prompts)",
+            f"slowest plan: {slowest.plan_s:.1f} s of processor ({slowest.model}, {slowest.prompts:,} prompts)",
         )
     )
     figures = {
