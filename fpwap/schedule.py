@@ -84,9 +84,8 @@ class Schedule:
 
     def __len__(self) -> int:
         """How often a stage is gone through, by however many microbatches at once."""
-        return sum(
-            len(stages) * len(self.visits(wave, group)) for wave in self.waves for group, stages in enumerate(self.groups)
-        )
+        visits = ((stages, self.visits(wave, at)) for wave in self.waves for at, stages in enumerate(self.groups))
+        return sum(len(stages) * len(found) for stages, found in visits)
 
 
 def cut(sizes: NDArray[np.int64], limit: int) -> tuple[range, ...]:

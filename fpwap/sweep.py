@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from archs.batch import Attention
 
@@ -36,7 +37,7 @@ from .prompts import Prompts, TokenTable, ingest
 from .reference import HFLayers
 from .residual import open_residual
 from .result import Result
-from .store import Store
+from .store import Record, Store
 from .taps import Blame, Taps
 from .watch import Unwatched, Watch, choose
 from .weights import Decoded, Weights
@@ -267,7 +268,12 @@ class Sweep:
                     return
                 store = Store.open(folder, ready.prompts.lengths)
                 opened.callback(store.close)
-                outbox = Outbox(store.write, device, ring_bytes=OUTBOX)
+
+                def write(record: Record, values: Tensor, sample_ids: Tensor) -> None:
+                    recorder.count("outputs", values.nbytes)
+                    store.write(record, values, sample_ids)
+
+                outbox = Outbox(write, device, ring_bytes=OUTBOX)
                 opened.callback(outbox.close)
                 widths, scratch = {"residual": model.config.hidden}, folder / "scratch"
                 residual = open_residual(plan.tier, plan.residual_rows, widths, plan.dtype, device, scratch)
