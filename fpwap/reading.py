@@ -169,7 +169,7 @@ class Reader:
                 self._buffered(part, room, done)
 
     def _direct(self, part: Span, room: memoryview) -> int:
-        """Bytes read past the page cache: fewer than all where a read stopped within a page, none where refused."""
+        """Bytes read past the page cache: fewer than all where a read stopped within a page, or is refused."""
         done = 0
         try:  # the file that is held open, whatever has its name by now
             flags = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT
@@ -181,7 +181,6 @@ class Reader:
                 os.close(descriptor)
         except OSError:  # buffered reads have the last word
             self._refused.add(part.shard)
-            return 0
         return done
 
     def _buffered(self, part: Span, room: memoryview, done: int) -> None:

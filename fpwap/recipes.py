@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ APART = 1 << 17
 ROOM, DEVICE_ROOM = 64, 512
 """Tensors that are made begin at a multiple of this, as the allocators of RAM and of accelerators have it."""
 VOCAB = "vocab"
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,47 +113,51 @@ class Recipe:
 
 def recipe(parcel: Parcel, dtype: torch.dtype, way: Way, rows: NDArray[np.int64] | None = None) -> Recipe:
     """For all of a parcel's slots. rows: of the vocabulary, ascending, None for all of it. Raises `ModelError`."""
-    slots = list(parcel.slots)
-    some = [False] * len(slots)
-    if rows is not None:
-        some[: len(parcel.fields)] = (field in vocabulary(parcel) for field in parcel.fields)
-    lies = [not few and _serves(slot, dtype, way) for slot, few in zip(slots, some, strict=True)]
-    places: list[Place | None] = [None] * len(slots)
+    parts = _parts(parcel, rows)
+    lies = [chosen is None and _serves(slot, dtype, way) for slot, chosen in parts]
+    views = [slot for (slot, _), serves in zip(parts, lies, strict=True) if serves]
+    laid = gather([Span(*slot.stretch) for slot in views] if way == "slot" else [])
 
-    views = [index for index, serves in enumerate(lies) if serves]
-    laid = gather([Span(*slots[index].stretch) for index in views] if way == "slot" else [])
-    for index, start in zip(views if way == "slot" else [], laid.starts, strict=True):
-        places[index] = Place(start, slots[index].dtype or dtype, slots[index].shape)
-
+    starts, size = iter(laid.starts), laid.size
+    places: list[Place | None] = []
     strips: list[Strip] = []
-    size, multiple = laid.size, DEVICE_ROOM if way == "stage" else ROOM
-    for index, slot in enumerate(slots):
-        if not lies[index]:
-            own = slot.dtype or dtype
-            shape = slot.shape if not some[index] or rows is None else (len(rows), *slot.shape[1:])
-            strips += _chosen(slot, own, rows, size) if some[index] and rows is not None else _strips(slot, own, size)
-            places[index] = Place(size, own, shape)
-            size += -(-math.prod(shape) * own.itemsize // multiple) * multiple
-    read = sum(span.size for strip in strips for span in strip.spans) + sum(slots[index].stretch[2] for index in views)
+    for (slot, chosen), serves in zip(parts, lies, strict=True):
+        own = slot.dtype or dtype
+        if serves:
+            places.append(Place(next(starts), own, slot.shape) if way == "slot" else None)
+        else:
+            shape = slot.shape if chosen is None else (len(chosen), *slot.shape[1:])
+            strips += _strips(slot, own, size) if chosen is None else _chosen(slot, own, chosen, size)
+            places.append(Place(size, own, shape))
+            size += _up(math.prod(shape) * own.itemsize, way)
+    read = sum(span.size for strip in strips for span in strip.spans) + sum(slot.stretch[2] for slot in views)
     return Recipe(parcel, tuple(places), laid.extents, tuple(_batches(strips)), size, read)
 
 
 def slot_size(parcel: Parcel, dtype: torch.dtype, way: Way, rows: int | None = None) -> int:
     """Bytes of its `recipe`'s slot at most, wherever tensors lie in their files. rows: how many of the vocabulary."""
-    few, size = vocabulary(parcel) if rows is not None else frozenset(), 0
-    multiple = DEVICE_ROOM if way == "stage" else ROOM
-    for index, slot in enumerate(parcel.slots):
-        shape = slot.shape
-        if index < len(parcel.fields) and list(parcel.fields)[index] in few and rows is not None:
-            shape = (rows, *shape[1:])
-        bytes_ = math.prod(shape) * (slot.dtype or dtype).itemsize
+    size = 0
+    for slot, chosen in _parts(parcel, rows):
+        shape = slot.shape if chosen is None else (chosen, *slot.shape[1:])
+        own = math.prod(shape) * (slot.dtype or dtype).itemsize
         if way == "slot":  # as if it served
-            size += whole_pages(bytes_) + PAGE
-        elif shape == slot.shape and _serves(slot, dtype, way):
-            continue
-        else:
-            size += -(-bytes_ // multiple) * multiple
+            size += whole_pages(own) + PAGE
+        elif chosen is not None or not _serves(slot, dtype, way):
+            size += _up(own, way)
     return size
+
+
+def _parts(parcel: Parcel, rows: R | None) -> list[tuple[Slot, R | None]]:
+    """A parcel's slots in their order; with those of the vocabulary the rows, if not all are wanted."""
+    some = vocabulary(parcel) if rows is not None else frozenset()
+    own = [(slot, rows if field in some else None) for field, slot in parcel.fields.items()]
+    return [*own, *((slot, None) for slot in itertools.islice(parcel.slots, len(own), None))]
+
+
+def _up(size: int, way: Way) -> int:
+    """Bytes up to where the next tensor may begin."""
+    multiple = DEVICE_ROOM if way == "stage" else ROOM
+    return -(-size // multiple) * multiple
 
 
 def vocabulary(parcel: Parcel) -> frozenset[str]:

@@ -73,7 +73,7 @@ class Weights:
         self._way: Way = "stage" if device.asynchronous else "map" if loading == "resident" else "slot"
         self._kept = device.asynchronous and loading == "resident"
         self._order = list(dict.fromkeys(stages)) if self._kept else list(stages)
-        self._given = self._read = 0
+        self._read = 0
         self._reading: deque[tuple[Stage, Future[_Loaded]]] = deque()
         self._held: deque[tuple[Stage, _Slab]] = deque()
         self._everything: dict[Stage, Future[_Loaded]] = {}
@@ -83,21 +83,24 @@ class Weights:
         self._recipes = {stage: self._recipe(layout[stage], stage, rows) for stage in dict.fromkeys(stages)}
         turns = [parcel for stage in self._recipes for parcel in self._in_turns(layout[stage], stage)]
         shards = {e.shard for s in self._recipes for slot in layout[s].slots for p in slot.pieces for e in p.stored}
-        self._shards = Shards(checkpoint.folder, sorted(shards))
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="fpwap-weights")
-        try:
-            count = len(self._order) if self._kept else ring
-            sizes = [max((self._recipes[s].size for s in self._order[k::count]), default=0) for k in range(count)]
+        count = len(self._order) if self._kept else ring
+        sizes = [max((self._recipes[s].size for s in self._order[k::count]), default=0) for k in range(count)]
+        room = max((found.room for found in self._recipes.values()), default=0)
+        with contextlib.ExitStack() as opened:
+            self._shards = Shards(checkpoint.folder, sorted(shards))
+            opened.callback(self._shards.close)
             self._slabs = [_Slab(device, size) for size in sizes]
-            room = max((found.room for found in self._recipes.values()), default=0)
             self._loader = _Loader(self._shards, device, direct=loading == "stream", room=room)
+            opened.callback(self._loader.close)
             if turns:
                 self._turns = _Turns(self._shards, device, dtype, turns, moved)
+                opened.callback(self._turns.close)
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="fpwap-weights")
+            opened.callback(self._pool.shutdown, wait=True, cancel_futures=True)
+            opened.callback(self._shards.closing.set)
             for _ in range(count):
                 self._read_ahead()
-        except BaseException:
-            self.close()
-            raise
+            self._opened = opened.pop_all()
 
     def acquire(self, stage: Stage) -> Any:
         """The stage's weights, an instance of its weights class, or a `Head`; waits until they are read.
@@ -124,16 +127,10 @@ class Weights:
 
     def close(self) -> None:
         """Ends the threads, whatever they are at, and closes the files; maps that are still referenced stay valid."""
-        self._shards.closing.set()
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        for part in (getattr(self, "_loader", None), self._turns):
-            if part is not None:
-                part.close()
-        self._turns = None
-        self._shards.close()
+        self._opened.close()
+        self._turns, self._slabs = None, []
         for held in (self._reading, self._held, self._everything):
             held.clear()
-        self._slabs = []
 
     def _read_ahead(self) -> None:
         if self._read == len(self._order):
@@ -160,8 +157,7 @@ class Weights:
         return [expert for parcels in parcel.experts.values() for expert in parcels]
 
     def _stage(self, stage: Stage, slab: "_Slab", free: Event) -> "_Loaded":
-        started, found = time.perf_counter(), self._recipes[stage]
-        self._shards.check(entry for slot in found.parcel.slots for p in slot.pieces for entry in p.stored)
+        found = self._recipes[stage]
         loaded = self._loader.load(found, slab.memory, free)
         whole, turns = self._layout[stage], self._turns
         weights: Any = loaded.weights
@@ -170,8 +166,8 @@ class Weights:
         elif turns is not None and stage in self._streamed:
             handles = {field: Streamed(parcels, turns) for field, parcels in whole.experts.items()}
             weights = replace(weights, **handles)
-        self._moved(found.read, time.perf_counter() - started)
-        return _Loaded(weights, loaded.ready)
+        self._moved(found.read, loaded.seconds)
+        return replace(loaded, weights=weights)
 
 
 class Head:
@@ -218,10 +214,11 @@ class _Slab:
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """An instance of a weights class. ready: when its tensors hold what they should."""
+    """An instance of a weights class. ready: when its tensors hold what they should. seconds: of reading and making."""
 
     weights: Any
     ready: Event
+    seconds: float
 
 
 class _Turns:
@@ -233,7 +230,7 @@ class _Turns:
     def __init__(
         self, shards: Shards, device: Device, dtype: torch.dtype, parcels: Sequence[Parcel], moved: Moved
     ) -> None:
-        self._shards, self._device, self._dtype, self._moved = shards, device, dtype, moved
+        self._device, self._dtype, self._moved = device, dtype, moved
         self._way: Way = "stage" if device.asynchronous else "slot"
         alike = {
             tuple((p.values.dtype, p.shape) for slot in parcel.slots for p in slot.pieces): parcel for parcel in parcels
@@ -274,11 +271,9 @@ class _Turns:
         self._loader.close()
 
     def _read(self, parcel: Parcel, memory: Tensor, free: Event) -> _Loaded:
-        started = time.perf_counter()
-        self._shards.check(entry for slot in parcel.slots for p in slot.pieces for entry in p.stored)
         found = recipe(parcel, self._dtype, self._way)
         loaded = self._loader.load(found, memory, free)
-        self._moved(found.read, time.perf_counter() - started)
+        self._moved(found.read, loaded.seconds)
         return loaded
 
 
@@ -286,13 +281,15 @@ class _Loader:
     """One thread's way from the shards into slots, on a stream of its own. room: bytes of a staging buffer."""
 
     def __init__(self, shards: Shards, device: Device, *, direct: bool, room: int) -> None:
-        self._shards, self._device = shards, device
+        self._shards, self._device, self._waited = shards, device, 0.0
         self._reader, self._stream = Reader(shards, direct=direct), device.stream()
         count = STAGINGS if device.asynchronous else 2
         self._staging = deque(_Staging(device, room) for _ in range(count if room else 0))
 
     def load(self, found: Recipe, memory: Tensor, free: Event) -> _Loaded:
         """Fills a slot, once it is ``free``, and makes the weights that lie there. Raises `ModelError`, `Closed`."""
+        started, self._waited = time.perf_counter(), 0.0
+        self._shards.check(entry for slot in found.parcel.slots for p in slot.pieces for entry in p.stored)
         self._stream.wait(free)
         straight = self._reader.begin(found.extents, memory)
         try:
@@ -302,7 +299,8 @@ class _Loader:
         maps = _Maps(found, self._shards)
         places = zip(found.parcel.slots, found.places, strict=True)
         tensors = (maps.tensor(slot) if place is None else place.of(memory) for slot, place in places)
-        return _Loaded(_instance(found.parcel, tensors), self._stream.record())
+        weights = _instance(found.parcel, tensors)
+        return _Loaded(weights, self._stream.record(), time.perf_counter() - started - self._waited)
 
     def close(self) -> None:
         """Whatever is on its way arrives."""
@@ -347,9 +345,11 @@ class _Loader:
             made.free = read.free
 
     def _next(self) -> "_Staging":
-        """A staging buffer from which all copies have been done."""
+        """A staging buffer from which all copies have been done; they wait for their slot, and so for the maths."""
+        started = time.perf_counter()
         self._staging.rotate(-1)
         self._staging[0].free.synchronize()
+        self._waited += time.perf_counter() - started
         return self._staging[0]
 
 
