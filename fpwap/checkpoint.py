@@ -1,8 +1,9 @@
 """What lies in a model folder, and which of it each stage of a family takes.
 
 `Checkpoint` knows where every tensor lies: in ``model.safetensors``, else in the files that
-``model.safetensors.index.json`` names, nothing else. `Layout` says which of them each stage takes, after names and
-shapes were checked against the headers, before a byte of a tensor is read. Knows no maths, and reads no tensor.
+``model.safetensors.index.json`` names, nothing else; shards that a run does not reach need not be there. `Layout` says
+which tensors each stage takes, after names and shapes were checked against the headers, before a byte of a tensor is
+read. Knows no maths, and reads no tensor.
 """
 
 import json
@@ -10,8 +11,8 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,30 +66,61 @@ class Entry:
         return self.start + index * (self.size // of), self.size // of
 
 
+Header = Callable[[str], "list[Entry]"]
+"""Reads the entries of a shard that is not in the folder."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a model folder by name."""
+    """The tensors of a model folder by name.
+
+    needed: the shards that a run reads. absent: tensor -> shard, of those that are not there and need not be.
+    """
 
     folder: Path
     entries: Mapping[str, Entry]
+    needed: tuple[str, ...]
+    absent: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, folder: Path) -> "Checkpoint":
-        """Reads the headers. Raises `ModelError` for missing, foreign or damaged files."""
+    def open(
+        cls,
+        folder: Path,
+        needed: "Callable[[Mapping[str, str]], set[str] | None] | None" = None,
+        elsewhere: Header | None = None,
+    ) -> "Checkpoint":
+        """Reads the headers. Raises `ModelError` for missing, foreign or damaged files.
+
+        needed: told the shard of every tensor, says which tensors are needed; without it, or if it says None, all are.
+        A shard that holds none of them may be missing. elsewhere: reads the header of a needed shard that is not in the
+        folder.
+        """
+        shards, claimed = shard_names(folder, present=False, single=elsewhere is not None)
+        wanted = None if claimed is None or needed is None else needed(claimed)
+        must = shards if claimed is None or wanted is None else sorted({claimed[name] for name in wanted})
         entries: dict[str, Entry] = {}
-        shards, claimed = shard_names(folder)
+        absent: dict[str, str] = {}
         for shard in shards:
-            for entry in _read_header(folder, shard):
+            if not (folder / shard).is_file() and shard not in must:
+                absent |= {name: where for name, where in (claimed or {}).items() if where == shard}
+                continue
+            for entry in _header(folder, shard, elsewhere):
                 if claimed is None or claimed.get(entry.name) == shard:
                     entries[entry.name] = entry
-        lost = sorted(set(claimed or ()) - set(entries))
+        lost = sorted(set(claimed or ()) - set(entries) - set(absent))
         if lost:
             raise ModelError(f"{folder / INDEX} names tensors that its shards do not hold: {_some(lost)}")
-        return cls(folder, entries)
+        return cls(folder, entries, tuple(must), absent)
 
     @property
-    def shards(self) -> list[str]:
-        return sorted({entry.shard for entry in self.entries.values()})
+    def names(self) -> set[str]:
+        """Of all tensors, there or not."""
+        return {*self.entries, *self.absent}
+
+    def agrees(self, other: "Checkpoint") -> bool:
+        """Whether the shards that are needed look alike in both."""
+        mine, theirs = ({e for e in c.entries.values() if e.shard in self.needed} for c in (self, other))
+        return self.needed == other.needed and mine == theirs
 
     def look_up(self, name: str) -> tuple[Entry | None, Entry | None]:
         """The stored values of a tensor, and their scales if it is quantised."""
@@ -100,36 +132,27 @@ class Checkpoint:
     def content(self) -> dict[str, str]:
         """shard -> what tells its content from another's.
 
-        A hub cache's blob is named by its digest. Of any other file the size, the header and a sample of every tensor
-        are hashed: a shard of many gigabytes is not read for this.
+        Of the shards that are needed. A hub cache's blob is named by its digest. Of any other file the size, the header
+        and a sample of every tensor are hashed: a shard of many gigabytes is not read for this.
         """
-        return {shard: self._content(self.folder / shard) for shard in self.shards}
-
-    def _content(self, path: Path) -> str:
-        blob = path.resolve()
-        if path.is_symlink() and blob.parent.name == "blobs":
-            return f"blob {blob.name}"
-        digest = xxh3_128(str(path.stat().st_size).encode())
-        with open(path, "rb") as file:
-            for entry in self.entries.values():
-                if entry.shard == path.name:
-                    digest.update(repr(entry).encode())
-                    for part in range(SAMPLES):
-                        file.seek(entry.start + max(0, entry.size - SAMPLE) * part // (SAMPLES - 1))
-                        digest.update(file.read(min(SAMPLE, entry.size)))
-        return f"sampled {digest.hexdigest()}"
+        held: dict[str, list[Entry]] = {shard: [] for shard in self.needed}
+        for entry in self.entries.values():
+            if entry.shard in held:
+                held[entry.shard].append(entry)
+        return {shard: _content(self.folder / shard, entries) for shard, entries in held.items()}
 
     def first_floating(self) -> torch.dtype | None:
         """The dtype of the first floating tensor, HF's rule for a config that names none."""
         return next((DTYPES[entry.dtype] for entry in self.entries.values() if entry.dtype in DTYPES), None)
 
 
-def shard_names(folder: Path, *, present: bool = True) -> tuple[list[str], dict[str, str] | None]:
+def shard_names(folder: Path, *, present: bool = True, single: bool = False) -> tuple[list[str], dict[str, str] | None]:
     """The shard files of a folder and, if there is an index, tensor name -> shard.
 
-    present: they must be there. Raises `ModelError`.
+    present: they must be there. single: without an index it is ``model.safetensors``, there or not. Raises
+    `ModelError`.
     """
-    if (folder / SINGLE).is_file():
+    if (folder / SINGLE).is_file() or (single and not (folder / INDEX).is_file()):
         return [SINGLE], None
     if not (folder / INDEX).is_file():
         pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth"))
@@ -146,8 +169,34 @@ def shard_names(folder: Path, *, present: bool = True) -> tuple[list[str], dict[
                 f"{folder / INDEX} names the shard {name!r}: shards are plain file names in the model folder"
             )
         if present and not (folder / name).is_file():
-            raise ModelError(f"{folder / name} is missing; {INDEX} names it: download the model again")
+            raise _missing(folder, name)
     return names, claimed
+
+
+def _missing(folder: Path, shard: str) -> ModelError:
+    return ModelError(f"{folder / shard} is missing; {INDEX} names it: download the model again")
+
+
+def _content(path: Path, entries: Sequence[Entry]) -> str:
+    blob = path.resolve()
+    if path.is_symlink() and blob.parent.name == "blobs":
+        return f"blob {blob.name}"
+    digest = xxh3_128(str(path.stat().st_size).encode())
+    with open(path, "rb") as file:
+        for entry in entries:
+            digest.update(repr(entry).encode())
+            for part in range(SAMPLES):
+                file.seek(entry.start + max(0, entry.size - SAMPLE) * part // (SAMPLES - 1))
+                digest.update(file.read(min(SAMPLE, entry.size)))
+    return f"sampled {digest.hexdigest()}"
+
+
+def _header(folder: Path, shard: str, elsewhere: Header | None) -> list[Entry]:
+    if (folder / shard).is_file():
+        return _read_header(folder, shard)
+    if elsewhere is None:
+        raise _missing(folder, shard)
+    return elsewhere(shard)
 
 
 def _read_header(folder: Path, shard: str) -> list[Entry]:
@@ -160,10 +209,15 @@ def _read_header(folder: Path, shard: str) -> list[Entry]:
             header = json.loads(file.read(length))
     except (OSError, SafetensorError, ValueError) as error:
         raise ModelError(f"{path} is not a readable safetensors file: {error}") from error
-    header.pop("__metadata__", None)
+    return entries_of(shard, header, length)
+
+
+def entries_of(shard: str, header: Mapping[str, Any], length: int) -> list[Entry]:
+    """The entries of a safetensors header, in the order of the file. length: of the header, in bytes."""
     entries = [
         Entry(name, shard, info["dtype"], tuple(info["shape"]), 8 + length + begin, end - begin)
         for name, info in header.items()
+        if name != "__metadata__"
         for begin, end in [info["data_offsets"]]
     ]
     return sorted(entries, key=lambda entry: entry.start)
@@ -294,38 +348,89 @@ class Layout:
         return self.parcels[stage]
 
 
-def lay_out(checkpoint: Checkpoint, family: Family, config: Any, quantised: Quantisation | None = None) -> Layout:
-    """Claims every tensor of the checkpoint for a stage, or knows it as ignorable.
+@dataclass(frozen=True)
+class _Tables:
+    """stage -> (what its names start with, its weights class); alias: a tied tensor's name -> the stored one's."""
 
-    A model without a head (a base-model checkpoint) has no "head" stage. Raises one `ModelError` with all that is
-    missing, unclaimed or of another shape. quantised: what the config says of stored formats.
-    """
-    names = checkpoint.entries
+    stages: Mapping[Stage, tuple[str, type]]
+    alias: Mapping[str, str]
+
+
+def _tables(names: Collection[str], family: Family, config: Any, where: str) -> _Tables:
+    """Raises `ModelError` if no prefix of the family fits. where: the checkpoint, for that."""
     marks = [family.embedding, family.layer_prefix.format(i=0)]
     pairs = (pair for pair in family.prefixes if any(n.startswith(pair[0] + mark) for n in names for mark in marks))
     prefix, head_prefix = next(pairs, (None, ""))
     if prefix is None:
-        raise ModelError(f"{checkpoint.folder} holds no {family.name} tensors, but {_some(sorted(names))}")
+        raise ModelError(f"{where} holds no {family.name} tensors, but {_some(sorted(names))}")
 
-    tables = {Stage("embed"): (prefix, family.embed_weights), Stage("norm"): (prefix, family.norm_weights)}
+    stages = {Stage("embed"): (prefix, family.embed_weights), Stage("norm"): (prefix, family.norm_weights)}
     for layer in range(config.layers):
         below = prefix + family.layer_prefix.format(i=layer)
-        tables[Stage("layer", layer)] = (below, family.layer_weights(config, layer))
-    tables[Stage("head")] = (head_prefix, family.head_weights)
+        stages[Stage("layer", layer)] = (below, family.layer_weights(config, layer))
+    stages[Stage("head")] = (head_prefix, family.head_weights)
 
     embedding, head = prefix + family.embedding, head_prefix + family.head
     alias: dict[str, str] = {}
     if config.tied:  # a stored head wins over the tie, as in transformers 5; either name may be absent
         alias = {head: embedding} if head not in names else {embedding: head} if embedding not in names else {}
     elif head not in names:
-        del tables[Stage("head")]
+        del stages[Stage("head")]
+    return _Tables(stages, alias)
 
-    claims = _Claims(checkpoint, alias, config, quantised)
-    parcels = {stage: claims.parcel(weights, below) for stage, (below, weights) in tables.items()}
+
+def tensors_of(stages: Iterable[Stage], names: Collection[str], family: Family, config: Any) -> set[str]:
+    """The tensors, of those there are by name, that these stages take. Raises `ModelError`."""
+    tables = _tables(names, family, config, "the checkpoint's index")
+    found: set[str] = set()
+    for stage in stages:
+        if stage in tables.stages:
+            below, weights = tables.stages[stage]
+            for name in _names(weights, below, config):
+                stored_name = tables.alias.get(name, name)
+                ends = ("", FP8_SCALES, *MXFP4)
+                found |= {stored_name + end for end in ends if stored_name + end in names}
+    return found
+
+
+def _names(weights: type, below: str, config: Any) -> Iterator[str]:
+    """Of the tensors that a weights class takes, experts' included."""
+    yield from (below + name for source in stored(weights, config).values() for name in source.names)
+    for handle in routed(weights).values():
+        sources = stored(handle.weights, config)
+        for expert in range(getattr(config, handle.count)):
+            for source in sources.values():
+                yield from (below + handle.prefix + name.replace("{e}", str(expert)) for name in source.names)
+
+
+def lay_out(
+    checkpoint: Checkpoint,
+    family: Family,
+    config: Any,
+    quantised: Quantisation | None = None,
+    stages: Collection[Stage] | None = None,
+) -> Layout:
+    """Claims every tensor of the checkpoint for a stage, or knows it as ignorable.
+
+    A model without a head (a base-model checkpoint) has no "head" stage; nor has it any stage beyond ``stages`` (None:
+    all) some of whose tensors are not there. Raises one `ModelError` with all that is missing, unclaimed or of another
+    shape. quantised: what the config says of stored formats.
+    """
+    names = checkpoint.names
+    tables = _tables(names, family, config, str(checkpoint.folder))
+    claims = _Claims(checkpoint, tables.alias, config, quantised)
+    parcels = {}
+    for stage, (below, weights) in tables.stages.items():
+        if stages is not None and stage not in stages and checkpoint.absent:
+            own = tensors_of([stage], names, family, config)
+            if not own.isdisjoint(checkpoint.absent):
+                claims.claimed |= own
+                continue
+        parcels[stage] = claims.parcel(weights, below)
     below = "|".join(re.escape(body) for body, _ in family.prefixes)
     patterns = "|".join(pattern.replace("{layers}", str(config.layers)) for pattern in family.ignored) or "(?!)"
     ignored = re.compile(rf"(?:{below})?(?:{patterns})")
-    unclaimed = sorted(n for n in set(names) - claims.claimed if not ignored.fullmatch(n))
+    unclaimed = sorted(n for n in names - claims.claimed if not ignored.fullmatch(n))
     problems = list(dict.fromkeys(claims.problems))
     if not problems and unclaimed:
         problems.append(f"tensors that {family.name} with this config does not have: {_some(unclaimed)}")
@@ -343,6 +448,7 @@ class _Claims:
         self, checkpoint: Checkpoint, alias: Mapping[str, str], config: Any, quantised: Quantisation | None
     ) -> None:
         self._checkpoint, self._alias, self._config, self._quantised = checkpoint, alias, config, quantised
+        self._known: dict[type, list[tuple[str, Source, tuple[int, ...]]]] = {}
         self.claimed: set[str] = set()
         self.problems: list[str] = []
 
@@ -358,38 +464,54 @@ class _Claims:
 
     def _fields(self, weights: type, below: str, expert: tuple[int, int] | None = None) -> Fields:
         fields = {}
-        for field, source in stored(weights, self._config).items():
-            pieces = [self._piece(below + name, source, expert) for name in source.names]
+        for name, source, shape in self._sources(weights):
+            pieces = [self._piece(below + tensor, source, shape, expert) for tensor in source.names]
             if None not in pieces:
                 gathered = expert is not None and "{e}" in source.names[0]
-                fields[field] = Slot(tuple(piece for piece in pieces if piece is not None), source.dtype, gathered)
+                fields[name] = Slot(tuple(piece for piece in pieces if piece is not None), source.dtype, gathered)
         return fields
 
-    def _piece(self, name: str, source: Source, expert: tuple[int, int] | None) -> Piece | None:
+    def _sources(self, weights: type) -> list[tuple[str, Source, tuple[int, ...]]]:
+        """Field, where it lies and its shape; asked once, as there may be thousands of experts."""
+        if weights not in self._known:
+            found = stored(weights, self._config)
+            self._known[weights] = [(name, source, source.shape(self._config)) for name, source in found.items()]
+        return self._known[weights]
+
+    def _piece(self, name: str, source: Source, shape: tuple[int, ...], expert: tuple[int, int] | None) -> Piece | None:
         """The tensor of this name; for one of several experts its own, or its row of the stack of all."""
-        shape = source.shape(self._config)
-        words = " x ".join(f"{dim} {size}" for dim, size in zip(source.dims, shape, strict=True))
         row, rows, whole = 0, 1, shape
         if expert is not None and "{e}" not in name:
             (row, rows), whole = expert, (expert[1], *shape)
-            words = f"experts {rows} x {words}"
         elif expert is not None:
             name = name.format(e=expert[0])
         name = self._alias.get(name, name)
         values, scales = self._checkpoint.look_up(name)
         if values is None:
-            self.problems.append(f"{name} is missing (expected {words})")
+            absent = self._checkpoint.absent.get(name)
+            words = _words(source, shape, whole)
+            self.problems.append(
+                f"{name} is " + (f"in {absent}, which is missing" if absent else f"missing (expected {words})")
+            )
             return None
         piece = Piece(values, shape, scales, row, rows, self._quantised)
-        self.claimed |= {entry.name for entry in piece.stored}
+        self.claimed.update(entry.name for entry in piece.stored)
         expected = _stored_shapes(piece, whole)
         if not expected:
+            words = _words(source, shape, whole)
             self.problems.append(f"{values.name} is stored as {values.dtype}, which is not supported ({words})")
         for entry, stored_shape in zip(piece.stored, expected, strict=False):
             if entry.shape != stored_shape:
+                words = _words(source, shape, whole)
                 meant = words if stored_shape == whole else f"{words}, stored as {list(stored_shape)}"
                 self.problems.append(f"{entry.name} has shape {list(entry.shape)} where the config says {meant}")
         return piece
+
+
+def _words(source: Source, shape: tuple[int, ...], whole: tuple[int, ...]) -> str:
+    """A shape in words of the config; of a stack, with its experts."""
+    said = " x ".join(f"{dim} {size}" for dim, size in zip(source.dims, shape, strict=True))
+    return said if whole == shape else f"experts {whole[0]} x {said}"
 
 
 def _stored_shapes(piece: Piece, shape: tuple[int, ...]) -> list[tuple[int, ...]]:

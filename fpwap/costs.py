@@ -2,13 +2,14 @@
 
 `Costs` are the facts of a request: what each stage reads, holds and computes, and how large the dataset's parts are. A
 `Way` is what budgets may choose: how weights are loaded, where the residual stream lies, which stages stand together,
-in how many waves. `needs` says what a way takes of each memory, `seconds` how long it takes. Neither looks at what the
+in how many waves. `needs` says what a way takes of each memory, `Pace` how long it takes. Neither looks at what the
 machine has; that is the plan's.
 
 Knows nothing of files, tensors or callbacks, and no arithmetic here decides a bit of the result.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -54,8 +55,8 @@ class StageCost:
 
     stored: what is read, whole; experts: the part of it that may be streamed, experts or the head's vocabulary. memory:
     what it takes in a buffer, whole; own: the same without that part. mapped: what serves in a map of the file; copied,
-    own_copied: what then still takes a buffer. expert: two experts, or two slices of the vocabulary, in memory. states:
-    callbacks' state.
+    own_copied: what then still takes a buffer. expert: two experts, or two slices of the vocabulary, in memory.
+    scratch, own_scratch, expert_scratch: a buffer of what is not read to where it will lie. states: callbacks' state.
     """
 
     stored: int
@@ -66,6 +67,9 @@ class StageCost:
     copied: int = 0
     own_copied: int = 0
     expert: int = 0
+    scratch: int = 0
+    own_scratch: int = 0
+    expert_scratch: int = 0
     maths: Maths = Maths()
     states: int = 0
 
@@ -87,9 +91,8 @@ class Costs:
     rows of it whose logits are wanted. height: rows of a tile. width: of a row of the residual stream; vocabulary: of a
     row of logits. microbatch: tensors of the largest one, logits aside; logits: those that are made at once. routed:
     tensors of a row of a chunk in a routed layer. tables: positions and rotary tables kept from layer to layer.
-    reference: Hugging Face's layer, under ``verify=True``. scratch: a buffer of what is not read to where it will lie.
-    commits: layers that put something out. by_rows: only what occurs of the embedding is read. on_device: whether an
-    accelerator computes.
+    reference: Hugging Face's layer, under ``verify=True``. commits: layers that put something out. by_rows: only what
+    occurs of the embedding is read. on_device: whether an accelerator computes.
     """
 
     stages: Mapping[Stage, StageCost]
@@ -105,7 +108,6 @@ class Costs:
     outputs: int
     commits: int
     reference: int
-    scratch: int
     by_rows: bool
     on_device: bool
     tokens: int
@@ -187,11 +189,7 @@ def needs(costs: Costs, way: Way, *, tensors: bool = True) -> Needs:
         near[MICROBATCH] = _tensors(costs, way)
     groups = way.schedule.groups
     near[STATES] = max(sum(costs.stages[stage].states for stage in group) for group in groups)
-    loaders = 2 if way.schedule.streamed else 1
-    if costs.on_device:
-        memory[STAGED] = loaders * STAGINGS * power_of_two(costs.scratch)
-    elif costs.scratch:
-        memory[STAGED] = loaders * costs.scratch
+    memory[STAGED] = sum(STAGINGS * power_of_two(size) if costs.on_device else size for size in _buffers(costs, way))
     if not way.one_visit:
         stream = costs.width * _longest(costs.rows, way.schedule.waves)
         passing = LANDING * costs.width * _slice(costs, way) if tensors else 0
@@ -219,11 +217,27 @@ def _weights(costs: Costs, way: Way) -> int:
     """The slots of the ring, stage i in slot ``i % ring``, and two of what is streamed."""
     mapped = way.loading == "resident" and not costs.on_device
     streamed = way.schedule.streamed
-    slots = [0] * way.ring
-    for index, stage in enumerate(way.schedule.loads()):
-        held = costs.stages[stage].held(mapped=mapped, apart=stage in streamed)
-        slots[index % way.ring] = max(slots[index % way.ring], held)
-    return sum(slots) + max((costs.stages[stage].expert for stage in streamed), default=0)
+    held = [cost.held(mapped=mapped, apart=stage in streamed) for stage, cost in costs.stages.items()]
+    apart = max((costs.stages[stage].expert for stage in streamed), default=0)
+    return slots(held, way.ring, len(way.schedule.waves)) + apart
+
+
+def _buffers(costs: Costs, way: Way) -> tuple[int, int]:
+    """A buffer of the reader of stages, and one of the reader of what is streamed."""
+    streamed = way.schedule.streamed
+    stages = max(cost.own_scratch if stage in streamed else cost.scratch for stage, cost in costs.stages.items())
+    return stages, max((costs.stages[stage].expert_scratch for stage in streamed), default=0)
+
+
+def slots(held: Sequence[int], ring: int, waves: int) -> int:
+    """Bytes of a ring, each slot as large as the largest stage that it will hold; stage i of all takes ``i % ring``.
+
+    held: bytes of the stages of a wave, in order.
+    """
+    again = min(waves, ring // math.gcd(len(held), ring))  # waves after which stages meet the same slots
+    places = np.zeros(-(-len(held) * again // ring) * ring, dtype=np.int64)
+    places[: len(held) * again] = np.tile(np.array(held, dtype=np.int64), again)
+    return int(places.reshape(-1, ring).max(0).sum())
 
 
 def _slice(costs: Costs, way: Way) -> int:
@@ -320,60 +334,61 @@ class _Clock:
             self.free[slot] = end
 
 
-def seconds(costs: Costs, way: Way, rates: Rates, dtype: str, hot: float) -> Times:
-    """How long a way takes. hot: the share of the checkpoint that the page cache holds."""
-    schedule = way.schedule
-    waves = len(schedule.waves)
-    reading = _reading(costs, way, rates, hot)
-    stream = 0.0 if way.one_visit else costs.residual / waves
-    moving, copying, storing = _moving(costs, way, rates, dtype, stream)
-    clock = _Clock(way.ring)
-    forward = residual = experts = 0.0
-    last = len(schedule.groups) - 1
-    for place, group in enumerate(schedule.groups):
-        ends = (place > 0) + (place < last)  # it reads what the one before wrote, and writes for the next
-        works = []
-        for stage in group:
-            work = work_s(costs.stages[stage].maths, rates, dtype) / waves
-            forward += work
-            if stage in schedule.streamed:
-                chunks = schedule.head_chunks if stage.kind == "head" else schedule.chunks
-                piecewise = reading * costs.stages[stage].experts * max(1.0, len(chunks) / waves)
-                experts += max(0.0, piecewise - work)
-                work = max(work, piecewise)
-            works.append(work)
-        works[-1] += moving * ends
-        residual += moving * ends
-        beside = max(0.0, (copying + storing) * ends - sum(works))  # what the maths does not hide
-        works[-1] += beside
-        residual += beside
-        reads = [
-            reading * costs.stages[stage].read(apart=stage in schedule.streamed) + storing * ends / len(group)
-            for stage in group
-        ]
-        clock.group(reads, works, max(1, len(costs.rows) // waves))
-    weights = reading * sum(costs.stages[stage].read(apart=stage in schedule.streamed) for stage in costs.stages)
-    weights += reading * sum(
-        costs.stages[s].experts * len(schedule.head_chunks if s.kind == "head" else schedule.chunks) / waves
-        for s in schedule.streamed
-    )
-    traffic = 2 * last * (copying + storing + moving)
-    on_disk = waves * (weights + 2 * last * storing)
-    copied = waves * 2 * last * copying
-    if costs.on_device:
-        copied += waves * weights * (rates.disk_read / rates.to_device)
-    return Times(
-        phases={
-            "start": START_S,
-            "load": waves * (clock.waited + experts),
-            "forward": waves * forward,
-            "residual": waves * residual,
-            "write": costs.outputs / rates.cached,
-            "commit": costs.outputs / rates.disk_write + costs.commits * rates.commit_s,
-        },
-        totals={"matrix": waves * forward, "disk": on_disk, "copy": copied, "residual": waves * traffic},
-        weights_s=weights,
-    )
+class Pace:
+    """How long the stages of a request take on a machine. hot: the checkpoint's share in the page cache."""
+
+    def __init__(self, costs: Costs, rates: Rates, dtype: str, hot: float) -> None:
+        self.costs, self.rates, self.dtype, self.hot = costs, rates, dtype, hot
+        self._works = {stage: work_s(cost.maths, rates, dtype) for stage, cost in costs.stages.items()}
+
+    def times(self, way: Way) -> Times:
+        """How long a way takes."""
+        costs, rates, schedule = self.costs, self.rates, way.schedule
+        waves, last = len(schedule.waves), len(schedule.groups) - 1
+        visits = max(1, len(costs.rows) // waves)
+        reading = _reading(costs, way, rates, self.hot)
+        moving, copying, storing = _moving(costs, way, rates, self.dtype)
+        clock = _Clock(way.ring)
+        forward = residual = apart = weights = 0.0
+        for place, group in enumerate(schedule.groups):
+            ends = (place > 0) + (place < last)  # it reads what the one before wrote, and writes for the next
+            works, reads = [], []
+            for stage in group:
+                work, cost = self._works[stage] / waves, costs.stages[stage]
+                streamed = stage in schedule.streamed
+                forward += work
+                read = reading * cost.read(apart=streamed)
+                if streamed:
+                    chunks = schedule.head_chunks if stage.kind == "head" else schedule.chunks
+                    piecewise = reading * cost.experts * max(1.0, len(chunks) / waves)
+                    weights += piecewise
+                    apart += max(0.0, piecewise - work)
+                    work = max(work, piecewise)
+                weights += read
+                works.append(work)
+                reads.append(read + storing * ends / len(group))
+            beside = max(0.0, (copying + storing) * ends - sum(works))  # what the maths does not hide
+            works[-1] += moving * ends + beside
+            residual += moving * ends + beside
+            clock.group(reads, works, visits)
+        copied = 2 * last * copying + (weights * rates.disk_read / rates.to_device if costs.on_device else 0.0)
+        return Times(
+            phases={
+                "start": START_S,
+                "load": waves * (clock.waited + apart),
+                "forward": waves * forward,
+                "residual": waves * residual,
+                "write": costs.outputs / rates.cached,
+                "commit": costs.outputs / rates.disk_write + costs.commits * rates.commit_s,
+            },
+            totals={
+                "matrix": waves * forward,
+                "disk": waves * (weights + 2 * last * storing),
+                "copy": waves * copied,
+                "residual": waves * 2 * last * (moving + copying + storing),
+            },
+            weights_s=weights,
+        )
 
 
 def _reading(costs: Costs, way: Way, rates: Rates, hot: float) -> float:
@@ -385,15 +400,14 @@ def _reading(costs: Costs, way: Way, rates: Rates, hot: float) -> float:
     return hot / rates.cached + (1 - hot) / rates.disk_read
 
 
-def _moving(costs: Costs, way: Way, rates: Rates, dtype: str, stream: float) -> tuple[float, float, float]:
-    """Seconds of moving ``stream`` bytes of the residual once: in the maths' own time, by copies and by the disk
-    beside it."""
+def _moving(costs: Costs, way: Way, rates: Rates, dtype: str) -> tuple[float, float, float]:
+    """Seconds of moving a wave's residual stream once: in the maths' own time, by copies and by the disk beside it."""
     if way.one_visit:
         return 0.0, 0.0, 0.0
-    passing = 2 * stream / rates.passes[dtype]
+    stream = costs.residual / len(way.schedule.waves)
     copying = stream / min(rates.to_device, rates.from_device) if costs.on_device and way.tier != "device" else 0.0
     storing = stream / 2 * (1 / rates.disk_read + 1 / rates.disk_write) if way.tier == "disk" else 0.0
-    return passing, copying, storing
+    return 2 * stream / rates.passes[dtype], copying, storing
 
 
 def work_s(maths: Maths, rates: Rates, dtype: str) -> float:
@@ -406,19 +420,7 @@ def work_s(maths: Maths, rates: Rates, dtype: str) -> float:
     )
 
 
-def sizes_of_groups(layers: int) -> Iterator[int]:
-    """How many layers a visit may have, from one to all."""
-    size = 1
-    while size < layers:
-        yield size
-        size += max(1, size // 3)
-    yield max(1, layers)
-
-
-def counts_of_waves(microbatches: int) -> Iterator[int]:
-    """How many waves there may be, from one to a microbatch each."""
-    count = 1
-    while count < microbatches:
-        yield count
-        count += max(1, count // 4)
-    yield microbatches
+def steps_up_to(most: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, ... and ``most``: how many layers a visit may have, how many waves there may be."""
+    found = {size << shift for size in (2, 3) for shift in range(most.bit_length()) if size << shift < most}
+    return sorted({1, *found, max(1, most)})

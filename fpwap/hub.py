@@ -6,17 +6,19 @@ fetched. What the files mean is not known here.
 """
 
 import json
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import get_session, get_token, hf_hub_url, hf_raise_for_status, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -24,6 +26,9 @@ from huggingface_hub.errors import (
 from .errors import HubError, ModelError
 
 CONFIG = ("config.json", "model.safetensors.index.json")
+FIRST, LONGEST = 2**14, 2**27
+"""Bytes of a shard that are asked for to find its header, and bytes that a header may have."""
+TIMEOUT_S, PARTIAL_CONTENT = 30, 206
 
 
 @dataclass(frozen=True)
@@ -73,23 +78,67 @@ def fetch(model: Model, files: Sequence[str]) -> Model:
     return _snapshot(model.name, model.commit, (*CONFIG, *files))
 
 
+def header(model: Model, shard: str) -> tuple[dict[str, Any], int]:
+    """The header of a shard that is not at hand, and its length in bytes; nothing else of the shard is transferred.
+
+    Raises `HubError`, and `ModelError` for what is no safetensors file.
+    """
+    with _said(model.name, model.commit):
+        head = _part(model, shard, 0, FIRST)
+        length = struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else LONGEST + 1
+        if length > LONGEST:
+            raise ModelError(f"{shard} of {model.name} is not a readable safetensors file: its header has no length")
+        head += _part(model, shard, len(head), 8 + length) if 8 + length > len(head) else b""
+    try:
+        found = json.loads(head[8 : 8 + length])
+    except ValueError as error:
+        raise ModelError(f"{shard} of {model.name} is not a readable safetensors file: {error}") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{shard} of {model.name} is not a readable safetensors file: its header is no JSON object")
+    return found, length
+
+
+def _part(model: Model, shard: str, begin: int, end: int) -> bytes:
+    """Bytes ``begin`` to ``end`` of a file, or up to its end; also of a server that knows no ranges."""
+    url = hf_hub_url(model.name, shard, revision=model.commit)
+    token = get_token()
+    headers = {"range": f"bytes={begin}-{end - 1}"} | ({"authorization": f"Bearer {token}"} if token else {})
+    with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT_S) as response:
+        hf_raise_for_status(response)
+        skip, got = (0 if response.status_code == PARTIAL_CONTENT else begin), bytearray()
+        for block in response.iter_bytes():
+            got += block
+            if len(got) >= skip + end - begin:
+                break
+    return bytes(got[skip : skip + end - begin])
+
+
 def _snapshot(repo: str, revision: str | None, files: Sequence[str]) -> Model:
+    with _said(repo, revision):
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(files)))
+    return Model(repo, folder, folder.name, revision)
+
+
+@contextmanager
+def _said(repo: str, revision: str | None) -> Iterator[None]:
+    """What the client raises, in one sentence with what to do."""
     at = f"{repo} at revision {revision!r}" if revision else repo
     try:
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(files)))
+        yield
     except GatedRepoError as error:
         raise HubError(f"{at} is gated: accept its terms on the hub and set HF_TOKEN") from error
     except RevisionNotFoundError as error:
         raise HubError(f"{repo} has no revision {revision!r} on the hub") from error
     except RepositoryNotFoundError as error:
         raise HubError(f"{at} is neither a folder nor a hub repository (or a private one: set HF_TOKEN)") from error
-    except LocalEntryNotFoundError as error:
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise HubError(f"{at} is not in the local cache and the hub cannot be reached: {_reason(error)}") from error
     except HFValidationError as error:
         raise HubError(f"{repo!r} is neither a folder nor a hub id (owner/name)") from error
-    except (HfHubHTTPError, OSError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # the client's transport has errors of its own, which it does not name
         raise HubError(f"{at} cannot be fetched from the hub: {_reason(error)}") from error
-    return Model(repo, folder, folder.name, revision)
 
 
 def _reason(error: Exception) -> str:

@@ -28,14 +28,13 @@ from .costs import (
     Costs,
     Loading,
     Needs,
+    Pace,
     Times,
     Way,
-    counts_of_waves,
     head_fill,
     head_sizes,
     needs,
-    seconds,
-    sizes_of_groups,
+    steps_up_to,
 )
 from .rates import Rates
 from .residual import Tier
@@ -338,19 +337,19 @@ class Plan(Known):
 def make_plan(known: Known, costs: Costs, rates: Rates, budgets: Budgets, wanted: Wanted) -> Plan:
     """Tries every way on paper and takes the best; if none fits, the one that lacks least, with its blockers."""
     search = _Search(costs, budgets, wanted, known.hot)
-    dtype = _name(known.dtype)
+    pace = Pace(costs, rates, _name(known.dtype), known.hot)
     tried = [(way, need, search.lacks(way, need)) for way, need in search.ways()]
-    fitting = [(way, need, seconds(costs, way, rates, dtype, known.hot)) for way, need, lack in tried if not any(lack)]
+    fitting = [(way, need, pace.times(way)) for way, need, lack in tried if not any(lack)]
     blockers: tuple[str, ...] = ()
     if fitting:
         fastest = min(times.total for *_, times in fitting)
         way, need, times = min(
             (one for one in fitting if one[2].total <= AS_FAST * fastest),
-            key=lambda one: (*_preference(one[0]), sum(one[1].totals[:2]), one[2].total),
+            key=lambda one: (*_preference(one[0], one[1]), one[2].total),
         )
     else:
-        way, need, _ = min(tried, key=lambda one: (sum(one[2]), *_preference(one[0])))
-        times = seconds(costs, way, rates, dtype, known.hot)
+        way, need, _ = min(tried, key=lambda one: (sum(one[2]), *_preference(one[0], one[1])))
+        times = pace.times(way)
         blockers = tuple(_blockers(need, budgets, wanted))
     shown = {name: getattr(known, name) for name in Known.__dataclass_fields__}
     shown["warnings"] = (*known.warnings, *_warnings(costs, way, times, budgets))
@@ -370,9 +369,20 @@ def make_plan(known: Known, costs: Costs, rates: Rates, budgets: Budgets, wanted
     )
 
 
-def _preference(way: Way) -> tuple[bool, int, int]:
-    """Between ways that are as fast: resident before streamed, few waves, as little as may be in pieces."""
-    return way.loading == "stream", len(way.schedule.waves), len(way.schedule.streamed)
+def _preference(way: Way, need: Needs) -> tuple[int, ...]:
+    """Between ways that are as fast: resident before streamed, few waves, little in pieces and few times, the residual
+    stream near, few weights at a time.
+    """
+    schedule = way.schedule
+    return (
+        way.loading == "stream",
+        len(schedule.waves),
+        len(schedule.streamed),
+        len(schedule.chunks) + len(schedule.head_chunks),
+        ("device", "ram", "disk").index(way.tier),
+        need.memory.get(WEIGHTS, 0) + need.device.get(WEIGHTS, 0),
+        sum(need.totals),
+    )
 
 
 class _Search:
@@ -413,7 +423,7 @@ class _Search:
         norm, head = Stage("norm") in stages, Stage("head") in stages
         routed = frozenset(stage for stage, cost in stages.items() if stage.kind == "layer" and cost.experts)
         heads = [frozenset[Stage](), frozenset({Stage("head")})] if head else [frozenset[Stage]()]
-        sizes = list(sizes_of_groups(len(layers))) if self._wanted.size is None else [self._wanted.size]
+        sizes = steps_up_to(len(layers)) if self._wanted.size is None else [self._wanted.size]
         for experts in (frozenset[Stage](), routed) if routed else (frozenset[Stage](),):
             for pieces in heads:
                 streamed = experts | pieces
@@ -443,7 +453,13 @@ class _Search:
         tier: Tier,
     ) -> Iterator[tuple[Way, Needs]]:
         """In as few waves as fit; where things are streamed, in more of them too, which leaves more for chunks."""
-        for count in (1,) if len(groups) == 1 else counts_of_waves(len(self._costs.rows)):
+        counts = [1] if len(groups) == 1 else steps_up_to(len(self._costs.rows))
+        smallest = Way(
+            loading=loading, tier=tier, ring=ring, schedule=Schedule(groups, self._cut(counts[-1]), (), streamed)
+        )
+        if any(self.lacks(smallest, needs(self._costs, smallest, tensors=False))):
+            counts = counts[-1:]  # nothing helps; that is how much is lacking
+        for count in counts:
             schedule = Schedule(groups, self._cut(count), (), streamed)
             way = self._chunked(Way(loading=loading, tier=tier, ring=ring, schedule=schedule))
             need = needs(self._costs, way)

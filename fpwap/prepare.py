@@ -8,8 +8,10 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from datetime import date
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,12 +25,25 @@ from archs.contract import ArchError, Family
 
 from . import hub, machine, rates
 from .callbacks.base import Callback, Declared, Site
-from .checkpoint import INDEX, SINGLE, Checkpoint, Layout, Parcel, Slot, lay_out, shard_names
+from .checkpoint import (
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    Entry,
+    Layout,
+    Parcel,
+    Slot,
+    entries_of,
+    lay_out,
+    shard_names,
+    tensors_of,
+)
 from .context import SweepContext
 from .costs import LOGITS, Costs, Loading, Maths, StageCost
 from .errors import CallbackError, ModelError, RequestError
 from .formats import Quantisation, quantisation
 from .plan import KEPT_ROWS, SPARSE_HEIGHT, Budgets, Known, Plan, Wanted, counted, make_plan, tile_heights
+from .profile import Profile
 from .prompts import Prompts, TokenTable, arrange
 from .recipes import recipe, slices, slot_size, vocabulary, without_experts
 from .residual import Tier
@@ -39,6 +54,10 @@ from .weights import PIECE, PIECE_ROWS
 
 MICROBATCH_HEIGHTS = 4
 """Tiles of a packed microbatch by default: the fill of the last one is a few percent."""
+AT_ONCE = 16
+"""Headers that are asked of the hub at once."""
+COLD = 0.1
+"""Share of a checkpoint in the page cache up to which reading it says how fast the disk is."""
 COMPUTED = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes that the families are proved in."""
 
@@ -97,6 +116,7 @@ class Prepared:
     targets: Targets
     context: SweepContext
     plan: Plan
+    verify: bool
 
 
 def open_model(name: str, revision: str | None) -> Model:
@@ -116,11 +136,52 @@ def open_model(name: str, revision: str | None) -> Model:
 
 
 def open_checkpoint(model: Model) -> tuple[Checkpoint, Layout]:
-    """The shards, downloaded if they are not at hand, their headers checked against the config. Raises `ModelError`."""
+    """All shards, downloaded if they are not at hand, their headers checked against the config. Raises `ModelError`."""
     indexed = (model.files.folder / INDEX).is_file()
     files = hub.fetch(model.files, shard_names(model.files.folder, present=False)[0] if indexed else [SINGLE])
     checkpoint = Checkpoint.open(files.folder)
     return checkpoint, lay_out(checkpoint, model.family, model.config, model.quantisation)
+
+
+def survey(model: Model, stages: Sequence[Stage]) -> tuple[Checkpoint, Layout]:
+    """The headers of the shards that hold these stages, checked against the config; no shard is downloaded.
+
+    Raises `ModelError`, `HubError`.
+    """
+    checkpoint = _opened(model, stages, elsewhere=model.files.commit is not None)
+    return checkpoint, lay_out(checkpoint, model.family, model.config, model.quantisation, frozenset(stages))
+
+
+def _opened(model: Model, stages: Sequence[Stage], *, elsewhere: bool) -> Checkpoint:
+    """elsewhere: headers of shards that are not at hand may be asked of the hub."""
+    if not elsewhere:
+        return Checkpoint.open(model.files.folder, partial(_needed, model, stages))
+    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="fpwap-headers") as pool:
+        coming: dict[str, Future[tuple[dict[str, Any], int]]] = {}
+
+        def needed(places: Mapping[str, str]) -> set[str] | None:
+            found = _needed(model, stages, places)
+            for shard in {places[name] for name in (places if found is None else found)}:
+                if not (model.files.folder / shard).is_file():
+                    coming[shard] = pool.submit(hub.header, model.files, shard)
+            return found
+
+        def header(shard: str) -> list[Entry]:
+            try:
+                return entries_of(
+                    shard, *(coming[shard].result() if shard in coming else hub.header(model.files, shard))
+                )
+            except (KeyError, TypeError, ValueError) as error:
+                raise ModelError(f"{shard} of {model.files.name} has a header that says nothing: {error!r}") from error
+
+        return Checkpoint.open(model.files.folder, needed, header)
+
+
+def _needed(model: Model, stages: Sequence[Stage], places: Mapping[str, str]) -> set[str] | None:
+    """The tensors that stages take; None, for all, where they say what dtype the model is in."""
+    if not (model.text.get("dtype") or model.text.get("torch_dtype")):
+        return None
+    return tensors_of(stages, places, model.family, model.config)
 
 
 def prepare(
@@ -152,7 +213,8 @@ def prepare(
     for callback in callbacks:
         check_positions(callback, prompts.lengths)
 
-    checkpoint, layout = open_checkpoint(model)
+    stages = _wanted_stages(targets, config)
+    checkpoint, layout = survey(model, _read_stages(stages, verify=request.verify))
     if stage_of(targets.last).kind == "head" and Stage("head") not in layout:
         raise RequestError(f"{request.model} has no {family.head} and ties no weights: it has no logits")
     dtype = request.dtype or stored_dtype(model, checkpoint)
@@ -170,7 +232,6 @@ def prepare(
     context = SweepContext(
         dtype=dtype, device=device, family=family, config=config, prompts=prompts, bound=targets.by_callback(callbacks)
     )
-    stages = _wanted_stages(targets, config)
     on_cpu = device.type == "cpu"
     known = Known(
         model=model.files.name,
@@ -191,7 +252,7 @@ def prepare(
         microbatch=counted(microbatch_tokens if height else request.microbatch_size, "token" if height else "row"),
         height=height,
         sparse_height=sparse_height,
-        hot=machine.hot([checkpoint.folder / shard for shard in checkpoint.shards]) if on_cpu else 0.0,
+        hot=machine.hot([checkpoint.folder / shard for shard in checkpoint.needed]) if on_cpu else 0.0,
         warnings=(*targets.warnings, *_beyond_training(model, prompts)),
     )
     eager = attention == "eager" or any(hook == "attn_pattern" for own in targets.bound for _, hook in own)
@@ -213,12 +274,40 @@ def prepare(
         targets=targets,
         context=context,
         plan=plan,
+        verify=request.verify,
     )
 
 
 def fetch(prepared: Prepared) -> Prepared:
-    """The same with the shards that it needs at hand. Raises `HubError`, `ModelError`."""
-    return prepared
+    """The same with the shards that it needs at hand: downloaded, if they are a hub model's that is not in the cache.
+
+    Raises `HubError`, and `ModelError` if they are not what the plan was made for.
+    """
+    model, seen = prepared.model, prepared.checkpoint
+    if model.files.commit is None or all((seen.folder / shard).is_file() for shard in seen.needed):
+        return prepared
+    files = hub.fetch(model.files, seen.needed)
+    stages = _read_stages(list(prepared.plan.costs.stages), verify=prepared.verify)
+    found = _opened(replace(model, files=files), stages, elsewhere=False)
+    if not found.agrees(seen):
+        raise ModelError(f"the shards of {files.name} are not those whose headers the plan was made of: run it again")
+    return replace(prepared, model=replace(model, files=files), checkpoint=found)
+
+
+def learn(plan: Plan, profile: Profile) -> None:
+    """Corrects the machine's rates by what a run has seen, for the next plan."""
+    taken = profile.by_phase()
+    cold = plan.loading == "stream" and plan.hot < COLD  # else it may have been the page cache's rate
+    samples = rates.Samples(
+        forward_s=taken["forward"],
+        predicted_forward_s=plan.phases["forward"],
+        read=profile.bytes_moved().get("weights", 0) if cold else 0,
+        read_s=profile.reading_s,
+    )
+    dtype = str(plan.dtype).removeprefix("torch.")
+    found = plan.rates.corrected(dtype, date.today(), samples)
+    if found is not plan.rates:
+        rates.save(found, plan.device)
 
 
 def _wished(request: Request, device: torch.device) -> Wanted:
@@ -286,6 +375,11 @@ def _wanted_stages(targets: Targets, config: Any) -> list[Stage]:
     return [Stage("embed"), *(Stage("layer", layer) for layer in layers), *tail[last.kind]]
 
 
+def _read_stages(stages: Sequence[Stage], *, verify: bool) -> list[Stage]:
+    """Those, and what Hugging Face reads beside them: its final norm comes with the head."""
+    return [*stages, Stage("head")] if verify and stages[-1] == Stage("norm") else list(stages)
+
+
 @dataclass(frozen=True)
 class _Put:
     """What callbacks put out and hold: bytes of outputs, bytes of state by stage, layers that put something out."""
@@ -339,11 +433,11 @@ def _costs(
     most = int(rows.max())
     filled = most if height is None else -(-most // height) * height
     heads = max((at["attn_pattern"][0] for at in hooks.values()), default=0)
-    work = _Work(context, table, rows, wanted, height)
+    work = _Work(context, table, rows, wanted, height, verify)
     kept = table.rows if height is not None and table.rows <= KEPT_ROWS else most
     turns = max((at["q"][-1] for at in hooks.values()), default=0)
     return Costs(
-        stages={stage: _stage(layout[stage], stage, work, put.states.get(stage, 0)) for stage in stages},
+        stages=_stages(layout, stages, work, put.states),
         rows=rows,
         wanted=wanted,
         height=height,
@@ -358,7 +452,6 @@ def _costs(
         commits=put.commits,
         by_rows=work.used is not None,
         reference=whole if verify else 0,
-        scratch=_scratch(layout, stages, work),
         on_device=context.device.type != "cpu",
         tokens=context.total_tokens,
     )
@@ -396,6 +489,7 @@ class _Work:
     rows: NDArray[np.int64]
     wanted: NDArray[np.int64]
     height: int | None
+    verify: bool
 
     @cached_property
     def filled(self) -> NDArray[np.int64]:
@@ -420,8 +514,11 @@ class _Work:
 
     @cached_property
     def used(self) -> NDArray[np.int64] | None:
-        """The ids that occur, ascending; None if they are most of the vocabulary, which is read whole then."""
-        compact = self.table.compact(self.context.vocab)
+        """The ids that occur, ascending; None if they are most of the vocabulary, which is read whole then.
+
+        So it is where Hugging Face looks on, from tokens of its own.
+        """
+        compact = None if self.verify else self.table.compact(self.context.vocab)
         return None if compact is None else compact[1]
 
     @cached_property
@@ -432,21 +529,41 @@ class _Work:
         )
 
 
-def _stage(parcel: Parcel, stage: Stage, work: _Work, states: int) -> StageCost:
+def _stages(
+    layout: Layout, stages: Sequence[Stage], work: _Work, states: Mapping[Stage, int]
+) -> dict[Stage, StageCost]:
+    """Each stage's weights and maths. Layers that look alike are looked at once: there may be thousands of experts."""
+    known: dict[Any, StageCost] = {}
+    found = {}
+    for stage in stages:
+        hooks = work.context.family.hooks(work.context.config, stage.layer) if stage.layer is not None else {}
+        key = stage.kind, _signature(layout[stage]), tuple(hooks.items())
+        if key not in known:
+            known[key] = _stage(layout[stage], stage, work)
+        found[stage] = replace(known[key], states=states.get(stage, 0))
+    return found
+
+
+def _signature(parcel: Parcel) -> frozenset[Any]:
+    """Equal for parcels that take as much memory: kinds and shapes of what is stored, and how many of each."""
+    kinds = ((p.values.dtype, p.values.shape, p.rows) for slot in parcel.slots for p in slot.pieces)
+    return frozenset(Counter(kinds).items())
+
+
+def _stage(parcel: Parcel, stage: Stage, work: _Work) -> StageCost:
     """One stage's weights and maths."""
     dtype, way = work.context.dtype, work.way
-    rows = None if stage.kind != "embed" or work.used is None else len(work.used)
+    used = work.used if stage.kind == "embed" else None
+    rows = None if used is None else len(used)
     stored = parcel.size
     if rows is not None:
         table = sum(piece.size for field in vocabulary(parcel) for piece in parcel.fields[field].pieces)
         stored -= table - table * rows // work.context.vocab
-    experts, expert = parcel.size - parcel.own_size, 0
-    apart = without_experts(parcel)
-    if experts:
-        expert = 2 * max(slot_size(one, dtype, way) for parcels in parcel.experts.values() for one in parcels)
+    experts, apart = parcel.size - parcel.own_size, without_experts(parcel)
+    each = {_signature(one): one for parcels in parcel.experts.values() for one in parcels}
     if stage.kind == "head":
-        apart, experts = Parcel(parcel.weights, {}, {}), stored
-        expert = 2 * slot_size(slices(parcel, dtype, PIECE, PIECE_ROWS)[0], dtype, way)
+        experts, apart = stored, Parcel(parcel.weights, {}, {})
+        each = {frozenset(): slices(parcel, dtype, PIECE, PIECE_ROWS)[0]}
     return StageCost(
         stored=stored,
         experts=experts,
@@ -455,8 +572,10 @@ def _stage(parcel: Parcel, stage: Stage, work: _Work, states: int) -> StageCost:
         mapped=parcel.mapped(dtype, work.context.device, but=vocabulary(parcel) if rows is not None else frozenset()),
         copied=slot_size(parcel, dtype, "map", rows),
         own_copied=slot_size(apart, dtype, "map", rows),
-        expert=expert,
-        states=states,
+        expert=2 * max((slot_size(one, dtype, way) for one in each.values()), default=0),
+        scratch=recipe(parcel, dtype, way, used).room,
+        own_scratch=recipe(apart, dtype, way, used).room,
+        expert_scratch=max((recipe(one, dtype, way).room for one in each.values()), default=0),
         maths=_maths(parcel, stage, work),
     )
 
@@ -521,16 +640,6 @@ def _products(slots: Iterable[Slot], rows: float, tiles: float, itemsize: int) -
 
 def _tiles(rows: float, work: _Work) -> float:
     return rows / work.height if work.height else float(len(work.rows))
-
-
-def _scratch(layout: Layout, stages: Iterable[Stage], work: _Work) -> int:
-    """Bytes of one staging buffer, through which goes what is not read to where it will lie."""
-    dtype, distinct = work.context.dtype, {}
-    for stage in stages:
-        parcel = layout[stage]
-        kinds = tuple((piece.values.dtype, piece.shape) for slot in parcel.slots for piece in slot.pieces)
-        distinct[stage.kind == "embed", kinds] = parcel, work.used if stage.kind == "embed" else None
-    return max((recipe(parcel, dtype, work.way, rows).room for parcel, rows in distinct.values()), default=0)
 
 
 def _routed_row(context: SweepContext, stage: Stage, masked: int) -> int:
