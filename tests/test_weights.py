@@ -390,6 +390,21 @@ def test_the_plan_knows_how_large_a_slot_is(
             assert found.read == layout[stage].size
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("method", ["plain", "fp8"])
+def test_staging_buffers_stay_small(method: str, dtype: torch.dtype, tmp_path: Path, small: None) -> None:
+    """No strip is larger than it may be, though rows that lie near each other are read at once."""
+    save(model() if method == "plain" else quantised(method)[0], tmp_path / "model.safetensors")
+    _, layout = open_layout(tmp_path, QUANTISED.get(method))
+    for stage, rows in ((Stage("embed"), np.arange(0, VOCAB, 2)), (Stage("embed"), None), (Stage("layer", 0), None)):
+        found = recipe(layout[stage], dtype, "stage", rows)
+        strips = [strip for batch in found.batches for strip in batch.strips]
+        assert len(strips) > len(found.places)
+        most = max(recipes.STRIP, BLOCK[0] * WIDTH * dtype.itemsize)  # a row of blocks is not split
+        assert all(max(strip.size, *(span.size for span in strip.spans)) <= most for strip in strips)
+        assert found.room <= recipes.STAGE
+
+
 @settings(max_examples=200, deadline=None)
 @given(spans=st.lists(st.builds(Span, st.sampled_from("ab"), st.integers(0, 30 * PAGE), st.integers(1, 3 * PAGE))))
 def test_spans_are_gathered_page_by_page(spans: list[Span]) -> None:
