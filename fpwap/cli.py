@@ -89,6 +89,9 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="say what a run would take, and whether it fits; exit status 1 if not")
     _add_request(plan, out_required=False)
+    plan.add_argument(
+        "--calibrate", action="store_true", help="measure this machine first, a few seconds, and keep what was found"
+    )
     plan.set_defaults(command=_plan)
 
     inspect = commands.add_parser("inspect", help="say what a finished run holds")
@@ -173,7 +176,19 @@ def _add_request(parser: argparse.ArgumentParser, *, out_required: bool) -> None
         default="auto",
         help="where the residual stream lies between layers",
     )
-    add("--layers-per-visit", metavar="N", type=int, default=1, help="layers that are resident together; default: 1")
+    add(
+        "--loading",
+        choices=("auto", "resident", "stream"),
+        default="auto",
+        help="resident: all weights stay in memory; stream: a few layers at a time; default: what is faster and fits",
+    )
+    add(
+        "--layers-per-visit",
+        metavar="N",
+        type=_count_or_auto,
+        default="auto",
+        help="layers that stand in memory together where they are streamed; default: auto, as few as cost no time",
+    )
 
 
 def _joined(argv: Sequence[str]) -> list[str]:
@@ -200,6 +215,10 @@ def _layers(value: str) -> str | list[int]:
 
 def _positions(value: str) -> str | list[int]:
     return value if value in ("all", "last") else _integers(value, "'last' nor 'all'")
+
+
+def _count_or_auto(value: str) -> str | int:
+    return value if value == "auto" else _integers(value, "'auto'")[0]
 
 
 def _hooks(value: str) -> list[str]:
@@ -247,6 +266,7 @@ def _asked(options: argparse.Namespace, *, progress: bool) -> Iterator["Sweep"]:
             device_memory=options.device_memory,
             disk=options.disk,
             truncation=options.truncation,
+            loading=options.loading,
             residual=options.residual,
             attn_implementation=options.attn_implementation,
             layers_per_visit=options.layers_per_visit,
@@ -285,6 +305,10 @@ def _run(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     with _asked(options, progress=False) as sweep:
         plan = sweep.preflight()
+    if options.calibrate:
+        from .calibrate import calibrate
+
+        plan = plan.again(rates=calibrate(plan))
     print(plan.summary())
     return 0 if plan.feasible else INFEASIBLE
 

@@ -11,6 +11,7 @@ import html
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
@@ -72,10 +73,23 @@ class Wanted:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """The widest layer. products: (outputs, inputs) of its matrices. attention: heads, heads of keys, their width and
+    that of values. inner: what an activation function sees.
+    """
+
+    hidden: int
+    inner: int
+    products: tuple[tuple[int, int], ...]
+    attention: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Known:
     """What is known of model, dataset and machine before anything is chosen, for a reader.
 
     hot: share of the checkpoint's shards in the page cache. last: the last wanted site. microbatch: what its size is.
+    files: the shards that are read; shapes: of the maths, None if no layer is wanted.
     """
 
     model: str
@@ -97,6 +111,8 @@ class Known:
     height: int | None
     sparse_height: int | None
     hot: float
+    files: tuple[Path, ...] = field(default=(), repr=False)
+    shapes: Shapes | None = None
     warnings: tuple[str, ...] = ()
 
 

@@ -42,7 +42,7 @@ from .context import SweepContext
 from .costs import LOGITS, Costs, Loading, Maths, StageCost
 from .errors import CallbackError, ModelError, RequestError
 from .formats import Quantisation, quantisation
-from .plan import KEPT_ROWS, SPARSE_HEIGHT, Budgets, Known, Plan, Wanted, counted, make_plan, tile_heights
+from .plan import KEPT_ROWS, SPARSE_HEIGHT, Budgets, Known, Plan, Shapes, Wanted, counted, make_plan, tile_heights
 from .profile import Profile
 from .prompts import Prompts, TokenTable, arrange
 from .recipes import recipe, slices, slot_size, vocabulary, without_experts
@@ -233,6 +233,7 @@ def prepare(
         dtype=dtype, device=device, family=family, config=config, prompts=prompts, bound=targets.by_callback(callbacks)
     )
     on_cpu = device.type == "cpu"
+    files = tuple(checkpoint.folder / shard for shard in checkpoint.needed)
     known = Known(
         model=model.files.name,
         commit=model.files.commit,
@@ -252,7 +253,9 @@ def prepare(
         microbatch=counted(microbatch_tokens if height else request.microbatch_size, "token" if height else "row"),
         height=height,
         sparse_height=sparse_height,
-        hot=machine.hot([checkpoint.folder / shard for shard in checkpoint.needed]) if on_cpu else 0.0,
+        hot=machine.hot(files) if on_cpu else 0.0,
+        files=files,
+        shapes=_shapes(layout, stages, context),
         warnings=(*targets.warnings, *_beyond_training(model, prompts)),
     )
     eager = attention == "eager" or any(hook == "attn_pattern" for own in targets.bound for _, hook in own)
@@ -636,6 +639,23 @@ def _products(slots: Iterable[Slot], rows: float, tiles: float, itemsize: int) -
     elements = sum(math.prod(slot.shape) for slot in slots)
     widths = sum(sum(slot.shape[-2:]) for slot in slots)
     return Maths(matrix=2.0 * rows * elements, touched=float((tiles * elements + rows * widths) * itemsize))
+
+
+def _shapes(layout: Layout, stages: Sequence[Stage], context: SweepContext) -> Shapes | None:
+    """Of the largest layer, for calibration."""
+    layers = [stage for stage in stages if stage.kind == "layer"]
+    if not layers:
+        return None
+    largest = max(layers, key=lambda stage: layout[stage].own_size)
+    parcel, shown = layout[largest], context.family.hooks(context.config, largest.layer or 0)
+    slots = [*parcel.fields.values(), *(slot for parcels in parcel.experts.values() for slot in parcels[0].slots)]
+    products = {(slot.shape[-2], slot.shape[-1]) for slot in slots if len(slot.shape) > 1}
+    return Shapes(
+        hidden=context.config.hidden,
+        inner=max(max(shape) for shape in products),
+        products=tuple(sorted(products)),
+        attention=(shown["q"][0], shown["k"][0], shown["q"][1], shown["v"][1]),
+    )
 
 
 def _tiles(rows: float, work: _Work) -> float:

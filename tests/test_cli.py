@@ -120,7 +120,14 @@ def test_every_option_reaches_the_sweep(prompts: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(sweep, "Sweep", record)
     words = {"seq_len": 7, "truncation": "left", "revision": "v1", "dtype": "float16", "attn_implementation": "eager"}
-    words |= {"batching": "padded", "microbatch_tokens": 5, "microbatch_size": 6, "device": "cuda", "residual": "disk"}
+    words |= {
+        "batching": "padded",
+        "microbatch_tokens": 5,
+        "microbatch_size": 6,
+        "device": "cuda",
+        "residual": "disk",
+        "loading": "stream",
+    }
     words |= {"layers_per_visit": 4, "out": "there", "memory": "3GB"}
     words |= {"device_memory": "2GB", "disk": "1TB"}
     options = [part for name, value in words.items() for part in (f"--{name.replace('_', '-')}", str(value))]
