@@ -8,7 +8,9 @@ import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from fpwap import Sweep
 from fpwap.callbacks.common import RawActivations
-from tools.bench import bench, limits, make_checkpoint, memory_cap, paper, report, scaling
+from tools.bench import bench, contenders, limits, make_checkpoint, memory_cap, paper, report, scaling
 from tools.bench.contenders import Sample
 from tools.bench.make_checkpoint import Parameter, Shape
 
@@ -140,6 +142,53 @@ def test_the_limit_is_the_slower_of_computing_and_reading(tmp_path: Path) -> Non
     assert (hot.seconds, hot.disk_s) == (20 * weights / 1e6, 0.0)
     cold = bench.Limit.of(tmp_path / "model", 10, [rate(1e12, disk=100.0)])
     assert cold.seconds == cold.disk_s == size / 100
+
+
+# --- contenders -----------------------------------------------------------------------------------------------------
+
+
+def task(folder: Path, shape: Shape, **changed: Any) -> contenders.Task:
+    make_checkpoint.write(folder / "model", shape, dtype="f32")
+    drawn = bench.draw(bench.Case(prompts=5, mean=6, shortest=2, longest=12), shape.vocab, seed=0)
+    np.savez(folder / "prompts.npz", ids=np.concatenate(drawn), offsets=np.cumsum([0, *map(len, drawn)]))
+    given = contenders.Task(
+        contender="",
+        options={},
+        model=str(folder / "model"),
+        prompts=str(folder / "prompts.npz"),
+        dtype="float32",
+        device="cpu",
+        threads=1,
+        cold=False,
+        answer="",
+        captured="",
+    )
+    return replace(given, **changed)
+
+
+@pytest.mark.parametrize("shape", [DENSE, ROUTED], ids=["dense", "routed"])
+def test_contenders_leave_the_same_thing(tmp_path: Path, shape: Shape) -> None:
+    given, ours, theirs, cold = task(tmp_path, shape), Sample(), Sample(), Sample()
+    reference = contenders.hf_sorted(given, theirs, batch=2)
+    assert reference.shape == (2, 5, 64)
+    for captured in (contenders.fpwap(given, ours), contenders.hf_order(replace(given, cold=True), cold, batch=3)):
+        assert bench.distance(captured, reference) < 1e-5
+    assert min(ours.wall_s, theirs.wall_s, cold.wall_s) > 0
+    assert ours.weights > 0 and ours.rest["predicted_s"] > 0 and ours.rest["memory_bytes"] > 0
+    one = contenders.fpwap(given, Sample(), capture=0)
+    assert bench.distance(torch.cat((one, one)), torch.cat((reference[:1], reference[:1]))) < 1e-5
+
+
+def test_rows_that_changed_places_are_far_from_each_other(tmp_path: Path) -> None:
+    captured = contenders.fpwap(task(tmp_path, DENSE), Sample())
+    assert bench.distance(captured.flip(1), captured) > 0.1
+
+
+def test_a_package_that_is_missing_or_another_is_said_in_one_sentence() -> None:
+    with pytest.raises(SystemExit, match="needs nobody and this Python has none: make bench-peers"):
+        contenders.demand("nobody")
+    with pytest.raises(SystemExit, match=r"needs fpwap 0\.1\.8 and this Python has 0\.1\.0"):
+        contenders.demand("fpwap", "0.1.8")
 
 
 # --- samples and tables ---------------------------------------------------------------------------------------------

@@ -287,9 +287,9 @@ def demand(package: str, needed: str = "") -> None:
     except PackageNotFoundError:
         found = "none"
     if found == "none" or not found.startswith(needed):
+        what = f"{package} {needed}" if needed else package
         raise SystemExit(
-            f"needs {package} {needed} and this Python has {found}: make bench-peers, and pass "
-            "--peer-python build/peers/bin/python"
+            f"needs {what} and this Python has {found}: make bench-peers, and pass --peer-python build/peers/bin/python"
         )
 
 
