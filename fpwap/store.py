@@ -8,6 +8,9 @@ disk), and the file gets its name when all of it has reached the disk.
 The digest of an output is xxh3_128 over the 16-byte xxh3_128 digests of its prompts in input order, so rows are hashed
 as they come and never read again; that of any other file is xxh3_128 of its bytes.
 
+What is committed reaches the disk on a thread: a file is synced and named while the next layer is computed, since the
+disk may be busy reading weights. `settle` waits for it, and `finish` does before the manifest.
+
 The module does not know where values come from, in which order prompts are computed, or what a run's identity is.
 """
 
@@ -18,7 +21,9 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -241,6 +246,8 @@ class Store:
         self._listed: dict[str, dict[str, Any]] = {}
         self._records: list[dict[str, Any]] = []
         self._artifacts: list[dict[str, Any]] = []
+        self._publisher = ThreadPoolExecutor(1, thread_name_prefix="fpwap-commit")
+        self._publishing: deque[tuple[Sequence[_File], Future[None]]] = deque()
 
     @classmethod
     def open(cls, folder: Path, lengths: np.ndarray, *, ram: int = 2**30) -> "Store":
@@ -314,7 +321,7 @@ class Store:
             output.file.write(row.data, at)
 
     def artifact(self, layer: int | None, hook: str, artifact: "LayerArtifact") -> None:
-        """Write one artifact, of tensors on any device; it is complete and has its name when this returns."""
+        """Write one artifact, of tensors on any device, which may change afterwards; named by the next `settle`."""
         where, file = _where(layer, hook, artifact.name), _file("artifacts", layer, hook, artifact.name)
         if file in self._listed:
             raise CallbackError(f"{where}: there are two artifacts of this name; give one another name")
@@ -324,15 +331,19 @@ class Store:
             raise CallbackError(f"{where}: an artifact's meta must be JSON: {error}") from error
         tensors = {name: tensor.detach().cpu() for name, tensor in artifact.tensors.items()}
         plan = layout({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, where)
-        entry = self._put(file, memoryview(plan.header), *(as_bytes(tensors[name]).data for name in plan.starts))
+        parts = memoryview(plan.header), *(as_bytes(tensors[name]).data for name in plan.starts)
+        entry = self._put(file, *parts, later=True)
         self._artifacts.append({"layer": layer, "hook": hook, "name": artifact.name, **entry, "meta": meta})
 
     def put_json(self, name: str, value: object) -> None:
         """Write one of the run's own records, such as ``profile.json``."""
         self._put(name, memoryview(_json(value)))
 
-    def _put(self, name: str, *parts: memoryview) -> dict[str, Any]:
-        """Write a whole file; returns its name, size and digest as the manifest holds them."""
+    def _put(self, name: str, *parts: memoryview, later: bool = False) -> dict[str, Any]:
+        """Write a whole file; returns its name, size and digest as the manifest holds them.
+
+        later: it gets its name by the next `settle`.
+        """
         digest, at = xxh3_128(), 0
         file = _File(self._folder / name, sum(part.nbytes for part in parts))
         try:
@@ -340,19 +351,22 @@ class Store:
                 file.write(part, at)
                 digest.update(part)
                 at += part.nbytes
-            file.publish()
-        finally:
+        except BaseException:
             file.close()
-        with reported(file.path):
-            sync_folder(file.path.parent)
+            raise
+        self._publish_later([file])
+        if not later:
+            self.settle()
         self._listed[name] = {"file": name, "bytes": at, "digest": digest.hexdigest()}
         return self._listed[name]
 
     def commit(self, sites: "Collection[Site]") -> None:
-        """All outputs of these sites are complete: give them their names, durably.
+        """All outputs of these sites are complete: their names are given to them, durably, by the next `settle`.
 
-        Raises `StoreError` where a prompt is missing; then nothing is committed.
+        Raises `StoreError` where a prompt is missing, and then nothing is committed; or what an earlier commit failed
+        with.
         """
+        self.settle(all=False)
         done = {record: output for record, output in self._outputs.items() if record.site in sites}
         for record, output in done.items():
             missing = np.flatnonzero(output.times == 0)
@@ -363,7 +377,6 @@ class Store:
             if output.assembled is not None:
                 output.file.write(output.assembled.reshape(-1).data, output.start)
                 self._ram += output.assembled.nbytes
-            output.file.publish()
             del self._outputs[record]
             entry = {
                 "file": record.file,
@@ -376,8 +389,25 @@ class Store:
             self._records.append({**about, **shape, "rows": rows, **entry})
             self._listed[record.file] = entry
         if done:
-            with reported(self._folder / "activations"):
-                sync_folder(self._folder / "activations")
+            self._publish_later([output.file for output in done.values()])
+
+    def _publish_later(self, files: Sequence[_File]) -> None:
+        self._publishing.append((files, self._publisher.submit(self._publish, files)))
+
+    @staticmethod
+    def _publish(files: Sequence[_File]) -> None:
+        for file in files:
+            file.publish()
+        for folder in {file.path.parent for file in files}:
+            with reported(folder):
+                sync_folder(folder)
+
+    def settle(self, *, all: bool = True) -> None:
+        """What was committed is on disk under its name; all=False: as far as it is by now. Raises `StoreError`."""
+        while self._publishing and (all or self._publishing[0][1].done()):
+            _, published = self._publishing[0]
+            published.result()
+            self._publishing.popleft()
 
     def finish(self, manifest: Mapping[str, Any], ids: np.ndarray) -> None:
         """Write the prompts and, last, the manifest: from now on the folder is a result.
@@ -385,6 +415,7 @@ class Store:
         manifest: what the run says about itself, with "layers", the model's number of layers; the files are added here.
         ids: int32 ``[T]``, the tokens of all prompts in input order.
         """
+        self.settle()
         prompts, tokens = self._counts
         assert not self._outputs
         assert "layers" in manifest
@@ -408,7 +439,12 @@ class Store:
         self._put(MANIFEST, memoryview(sealed({**own, **manifest, **written})))
 
     def close(self) -> None:
-        """Let go of all files, finished or not; may be called again."""
+        """Let go of all files, finished or not; may be called again. What was committed still gets its name."""
+        self._publisher.shutdown(wait=True)
+        for files, _ in self._publishing:
+            for file in files:
+                file.close()
+        self._publishing.clear()
         for output in self._outputs.values():
             output.file.close()
         self._outputs.clear()

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,11 @@ def complete(store: Store, record: Record, lengths: np.ndarray = LENGTHS) -> dic
     put(store, record, values, list(reversed(values)))
     store.commit([record.site])
     return values
+
+
+def settled(store: Store, record: Record) -> None:
+    complete(store, record)
+    store.settle()
 
 
 def finish(store: Store, lengths: np.ndarray = LENGTHS) -> None:
@@ -139,6 +145,7 @@ def test_files_are_named_by_their_site(tmp_path: Path) -> None:
     store = Store.open(tmp_path, LENGTHS)
     for record in (POOLED, FLAT, Record(None, "logits", None, "prompt", (), torch.float16)):
         complete(store, record)
+    store.settle()
     assert sorted(path.name for path in (tmp_path / "activations").iterdir()) == [
         "layer_003.residual_post.all.safetensors",
         "layer_003.residual_post.safetensors",
@@ -187,6 +194,7 @@ def test_an_output_has_no_name_before_it_is_committed(tmp_path: Path) -> None:
         assert file.get_slice("values").get_shape() == [9, 2, 3]
     put(store, FLAT, values, [1])
     store.commit([FLAT.site])
+    store.settle()
     assert not partial.exists()
     assert not (tmp_path / "manifest.json").exists()
     store.close()
@@ -197,6 +205,7 @@ def test_commit_takes_the_given_sites_only(tmp_path: Path) -> None:
     store = Store.open(tmp_path, LENGTHS)
     store.declare(other)
     complete(store, POOLED)
+    store.settle()
     assert (tmp_path / POOLED.file).exists()
     assert not (tmp_path / other.file).exists()
     store.close()
@@ -379,6 +388,23 @@ def test_names_come_after_bytes_and_the_manifest_comes_last(tmp_path: Path, monk
             assert ("fsync", path.parent) in log[at:], f"the name {path} is not durable"
 
 
+def test_a_commit_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, gate = Store.open(tmp_path, LENGTHS), threading.Event()
+
+    def fsync(fd: int, real: Callable[[int], None] = os.fsync) -> None:
+        assert gate.wait(60)
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    complete(store, POOLED)
+    store.settle(all=False)
+    assert not (tmp_path / POOLED.file).exists()
+    gate.set()
+    store.settle()
+    assert (tmp_path / POOLED.file).exists()
+    store.close()
+
+
 # --- what a disk does -----------------------------------------------------------------------------------------------
 
 
@@ -469,7 +495,7 @@ def test_any_failing_operation_names_the_file(tmp_path: Path, operation: str, mo
     store = Store.open(tmp_path, LENGTHS)
     monkeypatch.setattr(os, operation, fail(errno.EIO))
     with pytest.raises(StoreError, match=r"layer_003.residual_post.all.safetensors.partial: Input/output error"):
-        complete(store, FLAT)
+        settled(store, FLAT)
     monkeypatch.undo()
     store.close()
     assert not (tmp_path / FLAT.file).exists()

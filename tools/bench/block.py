@@ -41,7 +41,8 @@ class _InPlace:
     """A tap that adds the branch to the stream where the branch lies, instead of into new memory."""
 
     def __call__(self, hook: str, value: Tensor, group: Group | None = None) -> Tensor:
-        return value.as_subclass(_Added) if hook in ("attn_out", "mlp_out") else value
+        branch: Tensor = value.as_subclass(_Added) if hook in ("attn_out", "mlp_out") else value
+        return branch
 
     def wants(self, hook: str) -> bool:
         return False
@@ -55,19 +56,21 @@ class _Added(torch.Tensor):
         plain = [value.as_subclass(Tensor) if isinstance(value, cls) else value for value in args]
         if func in (torch.Tensor.add, torch.Tensor.__add__) and isinstance(args[1], cls):
             return plain[1].add_(plain[0])
-        return func(*plain, **(kwargs or {}))
+        made: Tensor = func(*plain, **(kwargs or {}))
+        return made
 
 
-def weights(shape: Shape, dtype: torch.dtype) -> Any:
+def weights(shape: Shape, dtype: torch.dtype) -> llama.Layer:
     def draw(*size: int) -> Tensor:
         return (torch.randn(*size) * size[-1] ** -0.5).to(dtype)
 
     queries, keys, hidden = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.hidden
     matrices = {"q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, queries)}
     matrices |= {"gate": (shape.mlp, hidden), "up": (shape.mlp, hidden), "down": (hidden, shape.mlp)}
-    norms = {name: 1 + 0.1 * draw(hidden) for name in ("attn_norm", "mlp_norm")}
-    biases = dict.fromkeys(f"{name}_bias" for name in matrices)
-    return llama.Layer(**{name: draw(*size) for name, size in matrices.items()}, **norms, **biases)
+    fields: dict[str, Any] = {name: draw(*size) for name, size in matrices.items()}
+    fields |= {name: 1 + 0.1 * draw(hidden) for name in ("attn_norm", "mlp_norm")}
+    fields |= dict.fromkeys(f"{name}_bias" for name in matrices)
+    return llama.Layer(**fields)
 
 
 def products(w: Any, rows: int, height: int) -> Callable[[], None]:
