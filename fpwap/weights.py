@@ -386,9 +386,9 @@ class _Maps:
         if shard not in self._maps:
             self._maps[shard] = mmap.mmap(descriptor, last - first, mmap.MAP_PRIVATE, offset=first)
         os.posix_fadvise(descriptor, begin, size, os.POSIX_FADV_WILLNEED)
-        flat = torch.frombuffer(self._maps[shard], dtype=dtype, count=size // dtype.itemsize, offset=begin - first)
-        flat.view(torch.uint8)[:: mmap.PAGESIZE].max()  # the pages are read here, not in the maths
-        return flat.view(slot.shape)
+        raw = np.frombuffer(self._maps[shard], dtype=np.uint8, count=size, offset=begin - first)
+        raw[:: mmap.PAGESIZE].max()  # the pages are read here, not in the maths
+        return torch.frombuffer(self._maps[shard], dtype=torch.uint8, count=size, offset=begin - first).view(dtype)
 
 
 def _instance(parcel: Parcel, tensors: Iterator[Tensor]) -> Any:

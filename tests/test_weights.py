@@ -239,10 +239,14 @@ def expected(stored: dict[str, Tensor], dtype: torch.dtype, rows: NDArray[np.int
     return {name: tensor for name, tensor in found.items() if not name.startswith("spare.")}
 
 
-def shown(stage: Stage, w: Any, order: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
+Look = Callable[[Tensor], Tensor]
+"""Copies a tensor, as the maths would read it."""
+
+
+def shown(stage: Stage, w: Any, order: Sequence[int], look: Look = Tensor.clone) -> Iterator[tuple[str, Tensor]]:
     """Copies of a stage's tensors under the names of `expected`; experts in this order."""
     if stage.kind == "head":
-        pieces = [{f.name: getattr(piece, f.name).clone() for f in fields(piece)} for piece in w.pieces()]
+        pieces = [{f.name: look(getattr(piece, f.name)) for f in fields(piece)} for piece in w.pieces()]
         yield "head", torch.cat([piece["unembed"] for piece in pieces])
         yield "bias", torch.cat([piece["bias"] for piece in pieces])
         yield from (("common", piece["common"]) for piece in pieces)
@@ -251,14 +255,14 @@ def shown(stage: Stage, w: Any, order: Sequence[int]) -> Iterator[tuple[str, Ten
     for part in fields(w):
         held = getattr(w, part.name)
         if isinstance(held, Tensor):
-            yield {"weight": "norm"}.get(below + part.name, below + part.name), held.clone()
+            yield {"weight": "norm"}.get(below + part.name, below + part.name), look(held)
         elif part.name == "own":
             assert len(held) == EXPERTS
             for e, expert in held.each(order):
-                yield f"{below}experts.{e}.up", expert.up.clone()
-                yield f"{below}experts.{e}.down", expert.down.clone()
+                yield f"{below}experts.{e}.up", look(expert.up)
+                yield f"{below}experts.{e}.down", look(expert.down)
         else:
-            stack = {e: expert.both.clone() for e, expert in held.each(order)}
+            stack = {e: look(expert.both) for e, expert in held.each(order)}
             yield f"{below}stack.both", torch.stack([stack[e] for e in sorted(stack)])
 
 
@@ -767,6 +771,11 @@ def scenario(folder: Path, dtype: torch.dtype, streamed: frozenset[Stage]) -> Ca
     wanted = expected(model(), dtype)
 
     def run(device: Late) -> None:
+        def look(tensor: Tensor) -> Tensor:
+            seen = tensor.clone()
+            device.compute.record(tensor)  # and is not done with it yet
+            return seen
+
         held = opened(folder, device, stages=STAGES * 2, streamed=streamed, dtype=dtype)
         try:
             for stage in STAGES * 2:
@@ -775,7 +784,7 @@ def scenario(folder: Path, dtype: torch.dtype, streamed: frozenset[Stage]) -> Ca
                     whole = w.whole
                     parts = {"head": whole.unembed, "bias": whole.bias, "common": whole.common}
                     assert all(same(tensor, wanted[name]) for name, tensor in parts.items())
-                for name, tensor in shown(stage, w, [3, 0, 1, 2]):
+                for name, tensor in shown(stage, w, [3, 0, 1, 2], look):
                     assert same(tensor, wanted[name])
                 held.release(stage)
         finally:

@@ -55,7 +55,8 @@ class _Added(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         plain = [value.as_subclass(Tensor) if isinstance(value, cls) else value for value in args]
         if func in (torch.Tensor.add, torch.Tensor.__add__) and isinstance(args[1], cls):
-            return plain[1].add_(plain[0])
+            added: Tensor = plain[1].add_(plain[0])
+            return added
         made: Tensor = func(*plain, **(kwargs or {}))
         return made
 
