@@ -172,6 +172,11 @@ def reset_peak() -> bool:
     return True
 
 
+def crowded() -> bool:
+    """Whether others have kept the processors busy for the last minute, so that no time taken here means much."""
+    return psutil.getloadavg()[0] > (os.cpu_count() or 1) + 1
+
+
 # --- files ----------------------------------------------------------------------------------------------------------
 
 WINDOW, WINDOWS, LOOKED_AT = 2**20, 32, 64

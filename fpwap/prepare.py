@@ -298,7 +298,9 @@ def fetch(prepared: Prepared) -> Prepared:
 
 
 def learn(plan: Plan, profile: Profile) -> None:
-    """Corrects the machine's rates by what a run has seen, for the next plan."""
+    """Corrects the machine's rates by what a run has seen, for the next plan; not where others were at work too."""
+    if machine.crowded():
+        return
     taken = profile.by_phase()
     cold = plan.loading == "stream" and plan.hot < COLD  # else it may have been the page cache's rate
     samples = rates.Samples(

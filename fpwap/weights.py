@@ -10,6 +10,7 @@ The maths is not known here, nor how a folder is laid out: only which bytes each
 """
 
 import contextlib
+import ctypes
 import math
 import mmap
 import os
@@ -95,7 +96,7 @@ class Weights:
             if turns:
                 self._turns = _Turns(self._shards, device, dtype, turns, moved)
                 opened.callback(self._turns.close)
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="fpwap-weights")
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="fpwap-weights", initializer=_on_one_core)
             opened.callback(self._pool.shutdown, wait=True, cancel_futures=True)
             opened.callback(self._shards.closing.set)
             for _ in range(count):
@@ -239,7 +240,7 @@ class _Turns:
         room = max(recipe(parcel, dtype, self._way).room for parcel in alike.values())
         self._slabs = (_Slab(device, size), _Slab(device, size))
         self._loader = _Loader(shards, device, direct=True, room=room)
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="fpwap-turns")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="fpwap-turns", initializer=_on_one_core)
 
     def each(self, parcels: Sequence[Parcel]) -> Generator[Any]:
         """Their weights, each good until the next is asked for."""
@@ -388,7 +389,18 @@ class _Maps:
         os.posix_fadvise(descriptor, begin, size, os.POSIX_FADV_WILLNEED)
         raw = np.frombuffer(self._maps[shard], dtype=np.uint8, count=size, offset=begin - first)
         raw[:: mmap.PAGESIZE].max()  # the pages are read here, not in the maths
-        return torch.frombuffer(self._maps[shard], dtype=torch.uint8, count=size, offset=begin - first).view(dtype)
+        flat = torch.frombuffer(self._maps[shard], dtype=dtype, count=size // dtype.itemsize, offset=begin - first)
+        return flat.view(slot.shape)
+
+
+def _on_one_core() -> None:
+    """Of this thread: what it decodes is done by itself.
+
+    A second team of threads beside that of the maths would take turns with it on the same cores, and both wait spinning.
+    """
+    torch.get_num_threads()  # a thread's first question sets all cores
+    with contextlib.suppress(AttributeError):  # another OpenMP than torch's own builds have
+        ctypes.CDLL(None).omp_set_num_threads(1)
 
 
 def _instance(parcel: Parcel, tensors: Iterator[Tensor]) -> Any:

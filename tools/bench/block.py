@@ -8,6 +8,7 @@ processors that the process had, which other work on the machine disturbs less t
 """
 
 import argparse
+import math
 from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from time import process_time
@@ -63,7 +64,7 @@ class _Added(torch.Tensor):
 
 def weights(shape: Shape, dtype: torch.dtype) -> llama.Layer:
     def draw(*size: int) -> Tensor:
-        return (torch.randn(*size) * size[-1] ** -0.5).to(dtype)
+        return torch.randn(*size).mul_(math.sqrt(1 / size[-1])).to(dtype)
 
     queries, keys, hidden = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.hidden
     matrices = {"q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, queries)}
