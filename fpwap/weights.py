@@ -17,7 +17,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -96,7 +96,7 @@ class Weights:
             if turns:
                 self._turns = _Turns(self._shards, device, dtype, turns, moved)
                 opened.callback(self._turns.close)
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="fpwap-weights", initializer=_on_one_core)
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="fpwap-weights", initializer=_threads(device))
             opened.callback(self._pool.shutdown, wait=True, cancel_futures=True)
             opened.callback(self._shards.closing.set)
             for _ in range(count):
@@ -240,25 +240,22 @@ class _Turns:
         room = max(recipe(parcel, dtype, self._way).room for parcel in alike.values())
         self._slabs = (_Slab(device, size), _Slab(device, size))
         self._loader = _Loader(shards, device, direct=True, room=room)
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="fpwap-turns", initializer=_on_one_core)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="fpwap-turns", initializer=_threads(device))
 
     def each(self, parcels: Sequence[Parcel]) -> Generator[Any]:
         """Their weights, each good until the next is asked for."""
         ahead: deque[Future[_Loaded]] = deque()
-        try:
-            for turn in range(len(parcels) + 1):
-                if turn < len(parcels):
-                    slab = self._slabs[turn % 2]
-                    ahead.append(self._pool.submit(self._read, parcels[turn], slab.memory, slab.free))
-                if turn:
-                    loaded = ahead.popleft().result()
-                    self._device.compute.wait(loaded.ready)
-                    try:
-                        yield loaded.weights
-                    finally:
-                        self._slabs[(turn - 1) % 2].used(self._device)
-        finally:  # nobody may write into a slot that is given out again
-            wait(ahead)
+        for turn in range(len(parcels) + 1):
+            if turn < len(parcels):
+                slab = self._slabs[turn % 2]
+                ahead.append(self._pool.submit(self._read, parcels[turn], slab.memory, slab.free))
+            if turn:
+                loaded = ahead.popleft().result()
+                self._device.compute.wait(loaded.ready)
+                try:
+                    yield loaded.weights
+                finally:
+                    self._slabs[(turn - 1) % 2].used(self._device)
 
     def alone(self, parcel: Parcel) -> Any:
         """Its weights in memory of their own."""
@@ -393,10 +390,15 @@ class _Maps:
         return flat.view(slot.shape)
 
 
+def _threads(device: Device) -> Callable[[], None]:
+    """What a reader's thread begins with: only an accelerator leaves it the cores."""
+    return (lambda: None) if device.asynchronous else _on_one_core
+
+
 def _on_one_core() -> None:
     """Of this thread: what it decodes is done by itself.
 
-    A second team of threads beside that of the maths would take turns with it on the same cores, and both wait spinning.
+    A second team of threads beside that of the maths takes turns with it on the same cores, and both wait spinning.
     """
     torch.get_num_threads()  # a thread's first question sets all cores
     with contextlib.suppress(AttributeError):  # another OpenMP than torch's own builds have

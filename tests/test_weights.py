@@ -713,6 +713,25 @@ def test_what_is_not_read_past_the_page_cache_is_given_back(
     assert 1 <= len(tries) <= 2 * reading.READS, "each of two readers is refused once, in all that it is at"
 
 
+def test_the_reader_leaves_the_cores_to_the_maths(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the maths is on the same cores, and only in the reader's own threads."""
+    before, counted = torch.get_num_threads(), list[int]()
+    check = Shards.check
+
+    def counting(self: Shards, entries: Any) -> None:
+        counted.append(torch.get_num_threads())
+        check(self, entries)
+
+    monkeypatch.setattr(Shards, "check", counting)
+    for device in (Cpu(), Late(0)):
+        counted.clear()
+        held = opened(folder, device, streamed=IN_TURNS)
+        sweep(held, expected(model(), torch.bfloat16))
+        held.close()
+        assert set(counted) == {before if device.asynchronous else 1}
+        assert torch.get_num_threads() == before
+
+
 # --- on an accelerator ----------------------------------------------------------------------------------------------
 
 
@@ -800,6 +819,8 @@ def scenario(folder: Path, dtype: torch.dtype, streamed: frozenset[Stage]) -> Ca
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_wait_is_needed(dtype: torch.dtype, streamed: frozenset[Stage], folder: Path, small: None) -> None:
     run = scenario(folder, dtype, streamed)
+    for seed in range(30):
+        run(Late(seed))
     places = waits(run)
     assert {name for name, _ in places} == {
         "acquire",
