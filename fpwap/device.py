@@ -67,7 +67,7 @@ class Device(Protocol):
 
 def pages(size: int) -> Tensor:
     """uint8 ``[size]`` in RAM, beginning at a page; takes memory as it is touched."""
-    room = mmap.mmap(-1, max(PAGE, size))
+    room = mmap.mmap(-1, max(PAGE, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a shared map has small pages
     if hasattr(mmap, "MADV_HUGEPAGE") and size >= 1 << 24:
         room.madvise(mmap.MADV_HUGEPAGE)
     return torch.from_numpy(np.frombuffer(room, dtype=np.uint8, count=size))
