@@ -64,6 +64,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Conformance())
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _rates_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What a run learns of the machine's speed is not kept for the user's own runs."""
+    os.environ["FPWAP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> str:
     chosen: str = request.config.getoption("--device")

@@ -7,7 +7,9 @@ the stored numbers stand for, computed one by one and not with `fpwap.formats`.
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +18,11 @@ from harness import Keep, Reference, differences, edit_config, keep, prompts, ru
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fpwap import plan
 from fpwap.callbacks.common import RawActivations
 from fpwap.cli import main
 from fpwap.errors import ModelError
+from fpwap.plan import Plan, make_plan
+from fpwap.schedule import Schedule, group_stages
 
 DATASET = prompts([24, 24, 9, 9, 5, 1], seed=5)
 BLOCK = (16, 32)
@@ -118,8 +121,16 @@ def test_experts_are_decoded_as_they_are_streamed(
     quantised, _ = pairs[name]
     request = {"dtype": "float32", "microbatch_tokens": 24}
     resident = keep(quantised, DATASET, Keep(HOOKS), **request)
-    pieces = (range(2), range(2, 3))
-    monkeypatch.setattr(plan, "chunks", lambda costs, rows, height, memory: pieces)
+
+    def in_chunks(*given: Any) -> Plan:
+        plan = make_plan(*given)
+        routed = frozenset(stage for stage, cost in plan.costs.stages.items() if cost.experts and stage.kind == "layer")
+        layers = [stage.layer for stage in plan.costs.stages if stage.layer is not None]
+        groups = group_stages(layers, norm=True, head=True, size=1, apart=True)
+        schedule = Schedule(groups, plan.schedule.waves, (range(2), range(2, 3)), routed)
+        return replace(plan, schedule=schedule, loading="stream", ring=3)
+
+    monkeypatch.setattr("fpwap.prepare.make_plan", in_chunks)
     assert not differences(keep(quantised, DATASET, Keep(HOOKS), **request), resident)
 
 
