@@ -50,6 +50,7 @@ KEPT_ROWS = 2**18
 """Rows up to which positions and rotary tables of packed batches are kept from layer to layer."""
 HOT = 0.9
 """Share of a checkpoint that the page cache must hold for its pages to serve as they lie."""
+MAPS = "pages of the checkpoint in the page cache"
 AS_FAST = 1.01
 """Times of ways between which the smaller memory decides."""
 
@@ -364,9 +365,13 @@ def make_plan(known: Known, costs: Costs, rates: Rates, budgets: Budgets, wanted
             key=lambda one: (*_preference(one[0], one[1]), one[2].total),
         )
     else:
-        way, need, _ = min(tried, key=lambda one: (sum(one[2]), *_preference(one[0], one[1])))
+        asked = wanted.loading or "stream"  # the smaller of the two
+        way, need, lack = min(
+            (one for one in tried if one[0].loading == asked),
+            key=lambda one: (sum(one[2]), *_preference(one[0], one[1])),
+        )
         times = pace.times(way)
-        blockers = tuple(_blockers(need, budgets, wanted))
+        blockers = tuple(_blockers(need, lack, budgets, wanted))
     shown = {name: getattr(known, name) for name in Known.__dataclass_fields__}
     shown["warnings"] = (*known.warnings, *_warnings(costs, way, times, budgets))
     return Plan(
@@ -525,8 +530,8 @@ def _warnings(costs: Costs, way: Way, times: Times, budgets: Budgets) -> Iterato
         )
 
 
-def _blockers(need: Needs, budgets: Budgets, wanted: Wanted) -> Iterator[str]:
-    """What does not fit, each with the number to change."""
+def _blockers(need: Needs, lack: tuple[int, int, int], budgets: Budgets, wanted: Wanted) -> Iterator[str]:
+    """What does not fit, each with the number to change. lack: of RAM, device and disk."""
     advice = {
         WEIGHTS: "lower layers_per_visit" if wanted.size is None or wanted.size > 1 else "it is one layer already",
         RESIDUAL: "residual='disk' moves it out",
@@ -534,22 +539,24 @@ def _blockers(need: Needs, budgets: Budgets, wanted: Wanted) -> Iterator[str]:
         MICROBATCH: "lower the microbatch's size",
         OUTPUTS: "capture fewer layers or positions",
         REFERENCE: "leave verify=True out",
+        MAPS: "loading='stream' does without",
     }
-    memory, device, disk = need.totals
-    for what, terms, taken, free, argument in (
-        ("RAM", need.memory, memory, budgets.memory, "memory"),
-        ("device memory", need.device, device, budgets.device, "device_memory"),
+    maps = {MAPS: budgets.memory + lack[0] - need.totals[0]}  # what of them has to stay in the page cache
+    for what, terms, short, free, argument in (
+        ("RAM", {**need.memory, **maps}, lack[0], budgets.memory, "memory"),
+        ("device memory", need.device, lack[1], budgets.device, "device_memory"),
     ):
-        if taken > free:
+        if short:
+            taken = free + short
             term = max(terms, key=lambda name: terms[name])
             yield (
                 f"{size(taken)} of {what} are needed and {size(free)} may be taken ({argument}=); most of it is {term} "
                 f"({size(terms[term])}): {advice.get(term, 'lower the size of the microbatch')}"
             )
-    if disk > budgets.disk:
+    if lack[2]:
         yield (
-            f"{size(disk)} of disk are needed and {size(budgets.disk)} may be taken: free {size(disk - budgets.disk)}, "
-            "choose another out=, or capture fewer layers or positions"
+            f"{size(budgets.disk + lack[2])} of disk are needed and {size(budgets.disk)} may be taken: free "
+            f"{size(lack[2])}, choose another out=, or capture fewer layers or positions"
         )
 
 
