@@ -371,6 +371,8 @@ class Pace:
             works[-1] += moving * ends + beside
             residual += moving * ends + beside
             clock.group(reads, works, visits)
+        committing = costs.outputs / rates.disk_write + costs.commits * rates.commit_s
+        beside = waves * (clock.now - clock.waited)  # files are synced and named while the next layer is computed
         copied = 2 * last * copying + (weights * rates.disk_read / rates.to_device if costs.on_device else 0.0)
         return Times(
             phases={
@@ -379,7 +381,7 @@ class Pace:
                 "forward": waves * forward,
                 "residual": waves * residual,
                 "write": costs.outputs / rates.cached,
-                "commit": costs.outputs / rates.disk_write + costs.commits * rates.commit_s,
+                "commit": max(committing / max(1, costs.commits), committing - beside),
             },
             totals={
                 "matrix": waves * forward,
@@ -412,12 +414,13 @@ def _moving(costs: Costs, way: Way, rates: Rates, dtype: str) -> tuple[float, fl
 
 def work_s(maths: Maths, rates: Rates, dtype: str) -> float:
     """Seconds that it takes."""
-    return (
-        maths.matrix / rates.matrix[dtype]
-        + maths.attention / rates.attention[dtype]
-        + (maths.touched + maths.passes) / rates.passes[dtype]
-        + maths.calls * rates.call_s
-    )
+    beside = (maths.touched + maths.passes) / rates.passes[dtype] + maths.calls * rates.call_s
+    return products_s(maths, rates, dtype) + beside
+
+
+def products_s(maths: Maths, rates: Rates, dtype: str) -> float:
+    """Seconds of its matrix products and attention."""
+    return maths.matrix / rates.matrix[dtype] + maths.attention / rates.attention[dtype]
 
 
 def steps_up_to(most: int) -> list[int]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from archs.batch import Batch
 from archs.contract import Family
 
-from .plan import Plan
+from .plan import KEPT_ROWS, Plan
 from .profile import Recorder
 from .progress import Progress
 from .prompts import Microbatch, TokenTable
@@ -31,9 +31,6 @@ from .store import Store
 from .taps import Reached, Taps
 from .watch import Watcher
 from .weights import Weights
-
-KEPT_ROWS = 2**18
-"""Rows whose batches (positions, rotary tables) are kept from layer to layer; beyond, each visit makes its own."""
 
 
 @dataclass(frozen=True, kw_only=True)

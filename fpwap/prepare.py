@@ -39,7 +39,7 @@ from .checkpoint import (
     tensors_of,
 )
 from .context import SweepContext
-from .costs import LOGITS, Costs, Loading, Maths, StageCost
+from .costs import LOGITS, Costs, Loading, Maths, StageCost, products_s
 from .errors import CallbackError, ModelError, RequestError
 from .formats import Quantisation, quantisation
 from .plan import KEPT_ROWS, SPARSE_HEIGHT, Budgets, Known, Plan, Shapes, Wanted, counted, make_plan, tile_heights
@@ -303,13 +303,15 @@ def learn(plan: Plan, profile: Profile) -> None:
         return
     taken = profile.by_phase()
     cold = plan.loading == "stream" and plan.hot < COLD  # else it may have been the page cache's rate
+    dtype = str(plan.dtype).removeprefix("torch.")
+    products = sum(products_s(cost.maths, plan.rates, dtype) for cost in plan.costs.stages.values())
     samples = rates.Samples(
-        forward_s=taken["forward"],
-        predicted_forward_s=plan.phases["forward"],
+        forward_s=(profile.on_device() or taken)["forward"],
+        predicted_products_s=products,
+        predicted_beside_s=plan.phases["forward"] - products,
         read=profile.bytes_moved().get("weights", 0) if cold else 0,
         read_s=profile.reading_s,
     )
-    dtype = str(plan.dtype).removeprefix("torch.")
     found = plan.rates.corrected(dtype, date.today(), samples)
     if found is not plan.rates:
         rates.save(found, plan.device)

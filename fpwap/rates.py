@@ -1,8 +1,8 @@
 """How fast a machine is: what a plan's times are made of, kept per machine in the user's cache.
 
 Before a machine was measured the rates are conservative ones, and every rate says which it is. They are measured by
-`measure` for the shapes of one plan (``fpwap plan --calibrate``) and corrected by every run that was long enough to
-learn from (`Rates.corrected`). No decision that changes a bit depends on them.
+`fpwap.calibrate` for the shapes of one plan (``fpwap plan --calibrate``) and corrected by every run that was long
+enough to learn from (`Rates.corrected`). No decision that changes a bit depends on them.
 
 A rate is of matrix products (flop/s, large ones), of attention (flop/s), of element-wise passes (bytes read and written
 per second), of storage and of copies. Knows nothing of models, plans or files of weights.
@@ -27,6 +27,8 @@ CACHE = "FPWAP_CACHE"
 """The environment variable that names the folder of ``rates.json``; else it is fpwap's in the user's cache."""
 ENOUGH_S, ENOUGH_BYTES = 1.0, 2**26
 """What a sample must have taken, or moved, to be believed."""
+MOSTLY = 0.5
+"""The part of a run's maths that matrix products must have been, for it to tell their rate."""
 TRUST = 0.5
 """Weight of a new sample against what was measured before."""
 
@@ -75,9 +77,10 @@ class Rates:
     def corrected(self, dtype: str, today: date, samples: "Samples") -> "Rates":
         """These, drawn towards what a run has seen; what was too short, or is not to be believed, is left out."""
         found: dict[str, float] = {}
-        if samples.forward_s >= ENOUGH_S and samples.predicted_forward_s > 0:
-            factor = self._drawn(f"matrix.{dtype}", samples.predicted_forward_s / samples.forward_s)
-            for name in ("matrix", "attention", "passes"):
+        products_s = samples.forward_s - samples.predicted_beside_s
+        if samples.forward_s >= ENOUGH_S and products_s >= MOSTLY * samples.forward_s:
+            factor = self._drawn(f"matrix.{dtype}", samples.predicted_products_s / products_s)
+            for name in ("matrix", "attention"):
                 found[name] = factor * getattr(self, name)[dtype]
         for name, moved, seconds in (
             ("disk_read", samples.read, samples.read_s),
@@ -97,11 +100,13 @@ class Rates:
 class Samples:
     """What a run has seen: seconds of maths and what its plan said of them, bytes and the seconds they took.
 
-    Zero for what it cannot say; bytes out of the page cache are not the disk's.
+    predicted_products_s: of matrix products and attention; predicted_beside_s: of all else in the maths. Zero for what
+    it cannot say; bytes out of the page cache are not the disk's.
     """
 
     forward_s: float = 0.0
-    predicted_forward_s: float = 0.0
+    predicted_products_s: float = 0.0
+    predicted_beside_s: float = 0.0
     read: int = 0
     read_s: float = 0.0
     written: int = 0

@@ -244,15 +244,18 @@ def scaled(found: Rates, before: Rates) -> set[str]:
 def test_a_run_corrects_what_it_has_seen_long_enough() -> None:
     before, today = rates.conservative(CPU), date(2026, 5, 6)
     assert before.corrected("float32", today, Samples()) is before
-    short = Samples(forward_s=0.9, predicted_forward_s=5, read=2**20, read_s=5, written=2**30, written_s=0.01)
+    short = Samples(forward_s=0.9, predicted_products_s=5, read=2**20, read_s=5, written=2**30, written_s=0.01)
     assert before.corrected("float32", today, short) is before
 
-    slower = before.corrected("float32", today, Samples(forward_s=6, predicted_forward_s=3))
-    assert scaled(slower, before) == {"matrix", "attention", "passes", "since"}
+    slower = before.corrected("float32", today, Samples(forward_s=7, predicted_products_s=3, predicted_beside_s=1))
+    assert scaled(slower, before) == {"matrix", "attention", "since"}
     assert slower.matrix["float32"] == before.matrix["float32"] / 2
     assert slower.matrix["bfloat16"] == before.matrix["bfloat16"]
-    again = slower.corrected("float32", today, Samples(forward_s=6, predicted_forward_s=24))
+    again = slower.corrected("float32", today, Samples(forward_s=6, predicted_products_s=24))
     assert again.matrix["float32"] == pytest.approx(before.matrix["float32"]), "a second sample counts in part"
+
+    beside = Samples(forward_s=6, predicted_products_s=3, predicted_beside_s=4)
+    assert before.corrected("float32", today, beside) is before, "little of it was products"
 
     disk = before.corrected("float32", today, Samples(read=4 * GB, read_s=2))
     assert scaled(disk, before) == {"disk_read", "since"}
