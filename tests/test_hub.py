@@ -7,9 +7,13 @@ process of its own.
 import hashlib
 import json
 import os
+import re
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,10 +21,13 @@ from threading import Thread
 
 import pytest
 import torch
+from checkpoints import Variant, write
 from torch import Tensor
 
 from fpwap import Result, Sweep
 from fpwap.callbacks.common import RawActivations
+from fpwap.errors import ModelError
+from fpwap.prepare import fetch
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PROMPTS = [[3, 1, 4], [1, 5], [9, 2, 6, 5]]
@@ -35,6 +42,20 @@ try:
 except FpwapError as error:
     print(type(error).__name__, error)
 """
+PLAN = f"""
+import sys
+from fpwap import FpwapError, Sweep
+from fpwap.callbacks.common import RawActivations
+sweep = Sweep(sys.argv[1], {PROMPTS}, callbacks=[RawActivations([int(sys.argv[2])])], progress=False, device="cpu")
+try:
+    plan = sweep.preflight()
+    print(plan.weights_bytes, plan.loading, plan.feasible)
+    if len(sys.argv) > 3:
+        sweep.run()
+        print("ran")
+except FpwapError as error:
+    print(type(error).__name__, error)
+"""
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -42,6 +63,8 @@ class Hub(BaseHTTPRequestHandler):
 
     folder: Path
     asked: list[str]
+    sent: dict[str, int]
+    ranges: bool
 
     def log_message(self, *arguments: object) -> None:
         pass
@@ -76,35 +99,49 @@ class Hub(BaseHTTPRequestHandler):
             return self._answer(200, json.dumps(info).encode(), Content_Type="application/json")
         if parts[-1] not in names:
             return self._answer(404, b"", X_Error_Code="EntryNotFound")
-        self.asked.append(parts[-1])
         body = (self.folder / parts[-1]).read_bytes()
-        return self._answer(200, body, ETag=f'"{hashlib.sha256(body).hexdigest()}"')
+        tag = f'"{hashlib.sha256(body).hexdigest()}"'
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if asked is None:
+            self.asked.append(parts[-1])
+        status, part = 200, body
+        if asked is not None and self.ranges:
+            status, part = 206, body[int(asked[1]) : int(asked[2]) + 1]
+        if self.command == "GET":
+            self.sent[parts[-1]] = self.sent.get(parts[-1], 0) + len(part)
+        return self._answer(status, part, ETag=tag)
 
     do_HEAD = do_GET  # noqa: N815
 
 
-@pytest.fixture(params=["llama", "llama_gqa"])
-def hub(
-    request: pytest.FixtureRequest, checkpoint: Callable[[str], Path], tmp_path: Path
-) -> Iterator[tuple[str, Path, list[str]]]:
-    """Endpoint, the served folder, and the names of the files that were asked for."""
-    folder = checkpoint(request.param)
+@contextmanager
+def serving(folder: Path, *, ranges: bool = True) -> Iterator[tuple[str, list[str], dict[str, int]]]:
+    """Endpoint, the names of the files that were asked for whole, and bytes that were sent of each file."""
     asked: list[str] = []
-    handler = type("Handler", (Hub,), {"folder": folder, "asked": asked})
+    sent: dict[str, int] = {}
+    handler = type("Handler", (Hub,), {"folder": folder, "asked": asked, "sent": sent, "ranges": ranges})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = Thread(target=partial(server.serve_forever, poll_interval=0.01))
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", folder, asked
+    yield f"http://127.0.0.1:{server.server_port}", asked, sent
     server.shutdown()
     thread.join()
     server.server_close()
 
 
-def run(endpoint: str, home: Path, *arguments: str, **env: str) -> str:
+@pytest.fixture(params=["llama", "llama_gqa"])
+def hub(request: pytest.FixtureRequest, checkpoint: Callable[[str], Path]) -> Iterator[tuple[str, Path, list[str]]]:
+    """Endpoint, the served folder, and the names of the files that were asked for."""
+    folder = checkpoint(request.param)
+    with serving(folder) as (endpoint, asked, _):
+        yield endpoint, folder, asked
+
+
+def run(endpoint: str, home: Path, *arguments: str, code: str = RUN, **env: str) -> str:
     names = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     done = subprocess.run(
-        [sys.executable, "-c", RUN, *arguments], env={**clean, **names, **env}, capture_output=True, text=True
+        [sys.executable, "-c", code, *arguments], env={**clean, **names, **env}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -135,3 +172,101 @@ def test_what_cannot_be_had_is_one_sentence(hub: tuple[str, Path, list[str]], tm
     assert "not in the local cache" in run(endpoint, home, "tests/model", out, HF_HUB_OFFLINE="1")
     assert not asked
     assert not Path(out).exists()
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of which a header is a small part: 13 MB in six of them."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 1024}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4}
+    return write(Variant(config=sizes, shard="2500kB"), tmp_path_factory.mktemp("large"))
+
+
+def shards_of(folder: Path, *parts: str) -> set[str]:
+    """The shards that hold tensors with one of these in their names."""
+    places = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    return {shard for name, shard in places.items() if any(part in name for part in parts)}
+
+
+def test_a_plan_takes_headers_only_and_a_run_the_shards_it_needs(large: Path, tmp_path: Path) -> None:
+    """Up to layer 1 of four: the same plan as of the folder, for less than a megabyte."""
+    needed = shards_of(large, "embed_tokens", "layers.0.", "layers.1.")
+    every = {path.name for path in large.glob("*.safetensors")}
+    assert len(needed) < len(every)
+    here = Sweep(large, PROMPTS, callbacks=[RawActivations([1])], device="cpu").preflight()
+    with serving(large) as (endpoint, asked, sent):
+        words = run(endpoint, tmp_path / "home", "tests/model", "1", code=PLAN)
+        assert words == f"{here.weights_bytes} stream True"
+        assert not every & set(asked)
+        assert needed == every & set(sent)
+        assert sum(sent.values()) < 1_000_000 < sum(path.stat().st_size for path in large.iterdir())
+
+        assert run(endpoint, tmp_path / "home", "tests/model", "1", "run", code=PLAN).endswith("ran")
+        assert every & set(asked) == needed
+        sent.clear()
+        again = run(endpoint, tmp_path / "home", "tests/model", "1", "run", code=PLAN, HF_HUB_OFFLINE="1")
+        assert again.endswith("ran") and not sent
+        offline = run(endpoint, tmp_path / "home", "tests/model", "-1", code=PLAN, HF_HUB_OFFLINE="1")
+        assert "is not in the local cache and the hub cannot be reached" in offline
+
+
+def test_a_server_without_ranges_is_heard_no_longer_than_the_header(large: Path, tmp_path: Path) -> None:
+    with serving(large, ranges=False) as (endpoint, asked, _):
+        assert run(endpoint, tmp_path / "home", "tests/model", "0", code=PLAN).endswith("stream True")
+        assert not any(name.endswith(".safetensors") for name in asked)
+
+
+def test_headers_longer_than_the_first_part_are_read_whole(tmp_path: Path) -> None:
+    """The header of 300 layers in one file, without an index."""
+    sizes = {"num_hidden_layers": 300, "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write(Variant(config={**sizes, "intermediate_size": 8}), folder)
+    here = Sweep(folder, PROMPTS, callbacks=[RawActivations([7])], device="cpu").preflight()
+    with serving(folder) as (endpoint, asked, sent):
+        words = run(endpoint, tmp_path / "home", "tests/model", "7", code=PLAN)
+        assert words.startswith(f"{here.weights_bytes} ")
+        assert sent["model.safetensors"] > 2**14
+        assert "model.safetensors" not in asked
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"short", "its header has no length"),
+        (struct.pack("<Q", 2**60) + bytes(100), "its header has no length"),
+        (struct.pack("<Q", 9) + b"not JSON!", "is not a readable safetensors file"),
+        (struct.pack("<Q", 2) + b"[]", "its header is no JSON object"),
+        (struct.pack("<Q", 12) + b'{"a": [1,2]}', "has a header that says nothing"),
+    ],
+    ids=["short", "endless", "text", "list", "odd"],
+)
+def test_shards_that_are_none_are_refused(body: bytes, words: str, large: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "served"
+    folder.mkdir()
+    for path in large.iterdir():
+        (folder / path.name).symlink_to(path)
+    (shard, *_) = shards_of(large, "layers.0.")
+    (folder / shard).unlink()
+    (folder / shard).write_bytes(body)
+    with serving(folder) as (endpoint, _, _):
+        said = run(endpoint, tmp_path / "home", "tests/model", "0", code=PLAN)
+    assert said.startswith("ModelError") and shard in said and words in said
+
+
+def test_shards_that_changed_behind_the_plan_are_an_error(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = Sweep(large, PROMPTS, callbacks=[RawActivations([1])], device="cpu")
+    ready = sweep._prepared
+    served = replace(ready.model.files, commit=COMMIT)
+    there = replace(ready, model=replace(ready.model, files=served))
+    assert fetch(there) is there, "all is at hand"
+    empty = replace(there.checkpoint, folder=tmp_path)
+    monkeypatch.setattr("fpwap.hub.fetch", lambda model, files: model)
+    assert fetch(replace(there, checkpoint=empty)).checkpoint.folder == large
+    entries = dict(empty.entries)
+    name = next(name for name, entry in entries.items() if entry.shard in empty.needed)
+    entries[name] = replace(entries[name], start=entries[name].start + 8)
+    with pytest.raises(ModelError, match="are not those whose headers the plan was made of"):
+        fetch(replace(there, checkpoint=replace(empty, entries=entries)))
