@@ -62,8 +62,9 @@ def calibrate(plan: Plan) -> Rates:
     return rates
 
 
-def took(device: Device, work: Callable[[], object], budget: float = BUDGET_S) -> float:
-    """Seconds of one call, the median of as many as the budget allows, after a first one."""
+def took(device: Device, work: Callable[[], object], share: float = 1.0) -> float:
+    """Seconds of one call, the median of as many as a share of the budget allows, after a first one."""
+    budget = share * BUDGET_S
     samples: list[float] = []
     work()
     device.compute.record().synchronize()
@@ -126,7 +127,7 @@ def _attention(plan: Plan, shapes: Shapes, device: Device, passes: float) -> tup
             out.copy_(F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=grouped))
 
         copied = 2 * length * plan.dtype.itemsize * (heads * (width + values) + kv_heads * (width + values))
-        return max(1e-6, took(device, call, BUDGET_S / 2) - copied / passes)
+        return max(1e-6, took(device, call, 0.5) - copied / passes)
 
     short, long = prompt(SHORT), prompt(LONG)
     flop = LONG**2 * heads * (width + values)
@@ -141,7 +142,7 @@ def _draw(plan: Plan, *shape: int) -> Tensor:
 def _cached() -> float:
     """Bytes per second of reading what is in memory."""
     source, out = torch.ones(2**26, dtype=torch.uint8), torch.empty(2**26, dtype=torch.uint8)
-    return len(source) / took(open_device(torch.device("cpu")), lambda: out.copy_(source), 0.1)
+    return len(source) / took(open_device(torch.device("cpu")), lambda: out.copy_(source), 0.2)
 
 
 def _read(files: Sequence[Path]) -> float | None:
@@ -183,6 +184,6 @@ def _copies(device: Device) -> tuple[float, float]:
     """Bytes per second from pinned memory to the device, and back."""
     host, there = device.pinned(2**26), device.memory(2**26)
     host.copy_(pages(len(host)))
-    to = took(device, lambda: device.compute.copy(there, host), 0.2)
-    back = took(device, lambda: device.compute.copy(host, there), 0.2)
+    to = took(device, lambda: device.compute.copy(there, host), 0.4)
+    back = took(device, lambda: device.compute.copy(host, there), 0.4)
     return len(host) / to, len(host) / back

@@ -451,6 +451,7 @@ def _costs(
         width=config.hidden * itemsize,
         vocabulary=config.vocab * itemsize if Stage("head") in stages else 0,
         microbatch=filled * (6 * config.hidden + 3 * max(shown, default=config.hidden)) * itemsize
+        + (2 * (height or filled) * config.hidden * torch.float32.itemsize if work.wide > 1 else 0)
         + _scores(table, heads, itemsize, eager=eager, packed=height is not None),
         logits=logits * config.vocab * itemsize * LOGITS if Stage("head") in stages else 0,
         routed=max((_routed_row(context, stage, masked) for stage in routed), default=0),

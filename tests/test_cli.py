@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import fpwap
-from fpwap import Interrupted, Result, cli, hub, machine, sweep
+from fpwap import Interrupted, Result, calibrate, cli, hub, machine, sweep
 from fpwap.callbacks.common import IncrementalPCA, RawActivations
 from fpwap.cli import main
 from fpwap.errors import DatasetError
@@ -170,6 +170,35 @@ def test_run_shows_plan_and_result_and_knows_a_finished_one(
     assert (tmp_path / "out" / "manifest.json").stat() == before
     assert main([*command, "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
+
+
+# --- the machine ---------------------------------------------------------------------------------------------------
+
+
+def test_calibration_is_kept_for_the_next_plan(
+    model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FPWAP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(calibrate, "BUDGET_S", 0.001)
+    monkeypatch.setattr(calibrate, "BLOCK", 2**12)
+    plan = ["plan", str(model), "--prompts", str(prompts), "--device", "cpu"]
+    assert main(plan) == 0
+    assert "conservative rates, not calibrated" in capsys.readouterr().out
+    assert main([*plan, "--calibrate"]) == 0
+    measured = capsys.readouterr().out
+    assert "compute calibrated on 20" in measured
+    assert (tmp_path / "cache" / "rates.json").is_file()
+    assert main(plan) == 0
+    assert capsys.readouterr().out.splitlines()[-2] == measured.splitlines()[-2]
+
+
+@pytest.mark.parametrize("value", ["0", "many", "1.5"])
+def test_layers_per_visit_are_a_number_or_auto(
+    value: str, model: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(model), "--prompts", str(prompts), "--layers-per-visit", value]) == 2
+    assert value in capsys.readouterr().err
+    assert main(["plan", str(model), "--prompts", str(prompts), "--layers-per-visit", "auto"]) == 0
 
 
 # --- text -----------------------------------------------------------------------------------------------------------
