@@ -260,10 +260,10 @@ class Sweep:
         """Leaves a finished run of this identity in ``folder``."""
         plan, model = ready.plan, ready.model
         with contextlib.ExitStack() as opened:
-            opened.enter_context(kept_pages())
-            stop = opened.enter_context(Interruptible())
-            meter = Meter(device.torch, folder)
             with recorder.span("finish"):  # opening and closing the parts
+                opened.enter_context(kept_pages())
+                stop = opened.enter_context(Interruptible())
+                meter = Meter(device.torch, folder)
                 if journal.claim(folder, own) == "finished":  # by another process, since `run` looked
                     return
                 store = Store.open(folder, ready.prompts.lengths)
@@ -321,10 +321,12 @@ class Sweep:
                     watcher=watcher,
                 )
             )
-            peaks = meter.peaks(
-                memory=plan.memory_bytes + plan.mapped_bytes, device=plan.device_bytes, disk=plan.disk_bytes
-            )
+            with recorder.span("commit"):
+                store.settle()
             with recorder.span("finish"):
+                peaks = meter.peaks(
+                    memory=plan.memory_bytes + plan.mapped_bytes, device=plan.device_bytes, disk=plan.disk_bytes
+                )
                 for part in (progress, weights, residual, outbox):
                     part.close()
             profile = recorder.finish(prompts=plan.prompts, tokens=plan.tokens, predicted=plan.phases, peaks=peaks)

@@ -53,8 +53,8 @@ def budget(plan: Plan, folder: Path) -> int:
 @pytest.mark.parametrize("batching", ONE_BY_ONE)
 def test_streamed_experts_have_the_bits_of_resident_ones(batching: str, dtype: torch.dtype, wide: Path) -> None:
     request: dict[str, Any] = {"dtype": dtype, "device": "cpu", **ONE_BY_ONE[batching]}
-    resident = keep(wide, DATASET, Keep(HOOKS), **request)
-    plan = Sweep(wide, DATASET, callbacks=[Keep(HOOKS)], **request).preflight()
+    resident = keep(wide, DATASET, Keep(HOOKS), loading="resident", **request)
+    plan = Sweep(wide, DATASET, callbacks=[Keep(HOOKS)], loading="resident", **request).preflight()
     memory = budget(plan, wide)
     capped = Sweep(wide, DATASET, callbacks=[Keep(HOOKS)], memory=memory, **request).preflight()
     assert not plan.schedule.chunks
