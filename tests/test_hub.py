@@ -216,14 +216,15 @@ def test_a_server_without_ranges_is_heard_no_longer_than_the_header(large: Path,
         assert not any(name.endswith(".safetensors") for name in asked)
 
 
-def test_headers_longer_than_the_first_part_are_read_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranges", [True, False])
+def test_headers_longer_than_the_first_part_are_read_whole(ranges: bool, tmp_path: Path) -> None:
     """The header of 300 layers in one file, without an index."""
     sizes = {"num_hidden_layers": 300, "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
     folder = tmp_path / "model"
     folder.mkdir()
     write(Variant(config={**sizes, "intermediate_size": 8}), folder)
     here = Sweep(folder, PROMPTS, callbacks=[RawActivations([7])], device="cpu").preflight()
-    with serving(folder) as (endpoint, asked, sent):
+    with serving(folder, ranges=ranges) as (endpoint, asked, sent):
         words = run(endpoint, tmp_path / "home", "tests/model", "7", code=PLAN)
         assert words.startswith(f"{here.weights_bytes} ")
         assert sent["model.safetensors"] > 2**14

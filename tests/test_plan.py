@@ -293,6 +293,34 @@ def test_a_large_head_is_streamed_in_a_group_of_its_own() -> None:
     assert decide(request, PLENTY, hot=0).schedule.streamed == frozenset()
 
 
+def test_chunks_of_a_routed_layer_are_whole_tiles() -> None:
+    """Room for 45 rows in tiles of 16: chunks of two tiles, whose experts are read once each."""
+    stages = {Stage("embed"): stage_cost(KB), Stage("layer", 0): stage_cost(10 * MB, 9 * MB)}
+    request = costs(stages, [8] * 12, height=16)
+    way = Way(
+        loading="stream",
+        tier="ram",
+        ring=2,
+        schedule=Schedule(group_stages([0], norm=False, head=False, size=1, apart=True), (range(12),)),
+    )
+    held = needs(request, dataclasses.replace(way, schedule=dataclasses.replace(way.schedule, streamed=LAYER)))
+    rest = sum(held.memory.values()) - held.memory["a microbatch's tensors"] + request.tables
+    plan = decide(request, Budgets(memory=rest + 45 * request.routed, device=0, disk=GB), hot=0)
+    assert plan.feasible
+    assert plan.schedule.chunks == (range(4), range(4, 8), range(8, 12))
+    assert plan.weights_bytes == KB + MB + 3 * 9 * MB
+    assert plan.phases["load"] > 3 * 9 * MB / plan.rates.disk_read - plan.phases["forward"]
+
+
+LAYER = frozenset({Stage("layer", 0)})
+
+
+def test_a_stream_on_disk_is_there_twice() -> None:
+    request = costs(dense(), [10] * 5)
+    plan = decide(request, PLENTY, Wanted(tier="disk", size=1))
+    assert plan.disk_bytes == request.outputs + 2 * request.residual
+
+
 def test_beside_a_device_the_stream_lies_as_near_as_it_fits() -> None:
     request = costs(dense(memory=10 * MB), [100] * 50, device=True, width=10 * KB)
     room = {"memory": GB, "disk": GB}
@@ -483,6 +511,16 @@ def test_shards_past_the_last_wanted_layer_may_be_missing(shards: Path, tmp_path
     assert len(plan(folder, 1).files) == 3
     with pytest.raises(ModelError, match=r"model-00003.safetensors is missing; .* names it"):
         plan(folder, 3)
+
+
+def test_a_run_is_known_by_the_shards_that_it_reads(checkpoint: Callable[[str], Path]) -> None:
+    folder = checkpoint("llama_gqa")
+    first, last = (
+        Sweep(folder, DATA, callbacks=[RawActivations([layer])], device="cpu", progress=False) for layer in (0, -1)
+    )
+    shards = first.run().manifest["model"]["shards"]
+    assert [folder / shard for shard in shards] == list(first.preflight().files)
+    assert len(shards) < len(last.preflight().files)
 
 
 def test_what_is_there_past_the_last_layer_is_checked_all_the_same(shards: Path, tmp_path: Path) -> None:
