@@ -13,6 +13,7 @@ is shown to whom is the taps'.
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -61,9 +62,9 @@ class Parts:
 def sweep(parts: Parts) -> None:
     """Runs every step of the schedule; returns when every output is committed."""
     schedule, taps, table = parts.plan.schedule, parts.taps, parts.table
-    steps = list(schedule.steps())
     taps.start_layer(None)
-    for step, following in zip(steps, [*steps[1:], None], strict=True):
+    for step, following in pairwise(chain(schedule.steps(), (None,))):
+        assert step is not None
         stages = schedule.groups[step.group]
         layers = [stage.layer for stage in stages if stage.layer is not None]
         if step.first and step.wave == 0:
@@ -168,8 +169,8 @@ def _forward(parts: Parts, stage: Stage, w: Any, x: Tensor, batch: Batch, microb
 def _logits(parts: Parts, head: Any, x: Tensor, batch: Batch, microbatch: Microbatch) -> None:
     """Logits of the wanted rows only: a tile at a time, or all at once where the head is read piece by piece."""
     height = batch.height
-    streamed = Stage("head") in parts.plan.schedule.streamed
-    for chunk in parts.taps.head_chunks(microbatch, batch.tokens if streamed and height is not None else height):
+    at_once = batch.tokens if Stage("head") in parts.plan.schedule.streamed else height
+    for chunk in parts.taps.head_chunks(microbatch, at_once):
         wanted = x if chunk.rows is None else x[chunk.rows]
         if height is not None and len(wanted) % height:
             wanted = torch.cat((wanted, wanted.new_zeros(-len(wanted) % height, wanted.shape[1])))

@@ -5,6 +5,7 @@ import ctypes
 import mmap
 import os
 import re
+import resource
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -249,6 +250,19 @@ def device_memory(device: torch.device) -> int:
         return available_memory()
     free, _ = torch.get_device_module(device).mem_get_info(device)
     return int(free)
+
+
+@contextlib.contextmanager
+def many_files() -> Iterator[None]:
+    """While it lasts, the process may have as many files open as it is allowed to ask for: a visit to all layers has
+    all their outputs open, and the usual limit is a thousand.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @contextlib.contextmanager

@@ -443,7 +443,9 @@ class _Search:
         layers = [stage.layer for stage in stages if stage.layer is not None]
         norm, head = Stage("norm") in stages, Stage("head") in stages
         routed = frozenset(stage for stage, cost in stages.items() if stage.kind == "layer" and cost.experts)
-        heads = [frozenset[Stage](), frozenset({Stage("head")})] if head else [frozenset[Stage]()]
+        heads = [frozenset[Stage]()]
+        if head and self._costs.height is not None:  # at natural height other rows, or another width, have other bits
+            heads.append(frozenset({Stage("head")}))
         sizes = steps_up_to(len(layers)) if self._wanted.size is None else [self._wanted.size]
         for experts in (frozenset[Stage](), routed) if routed else (frozenset[Stage](),):
             for pieces in heads:

@@ -366,7 +366,7 @@ class Store:
         Raises `StoreError` where a prompt is missing, and then nothing is committed; or what an earlier commit failed
         with.
         """
-        self.settle(all=False)
+        self.settle(most=1)
         done = {record: output for record, output in self._outputs.items() if record.site in sites}
         for record, output in done.items():
             missing = np.flatnonzero(output.times == 0)
@@ -402,9 +402,12 @@ class Store:
             with reported(folder):
                 sync_folder(folder)
 
-    def settle(self, *, all: bool = True) -> None:
-        """What was committed is on disk under its name; all=False: as far as it is by now. Raises `StoreError`."""
-        while self._publishing and (all or self._publishing[0][1].done()):
+    def settle(self, *, most: int = 0) -> None:
+        """What was committed is on disk under its name, but for the ``most`` last commits. Raises `StoreError`.
+
+        Files that wait hold a descriptor each, so a slow disk must not let them pile up.
+        """
+        while len(self._publishing) > most:
             _, published = self._publishing[0]
             published.result()
             self._publishing.popleft()

@@ -26,7 +26,7 @@ from .device import Device, open_device
 from .engine import Parts, sweep
 from .errors import RequestError
 from .interrupt import Interruptible
-from .machine import kept_pages
+from .machine import kept_pages, many_files
 from .meter import Meter
 from .outbox import Outbox
 from .plan import Plan
@@ -262,6 +262,7 @@ class Sweep:
         with contextlib.ExitStack() as opened:
             with recorder.span("finish"):  # opening and closing the parts
                 opened.enter_context(kept_pages())
+                opened.enter_context(many_files())
                 stop = opened.enter_context(Interruptible())
                 meter = Meter(device.torch, folder)
                 if journal.claim(folder, own) == "finished":  # by another process, since `run` looked

@@ -5,18 +5,21 @@ Also on a device whose copies run late and out of order (`late.Late`), which is 
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoints import Variant, write
 from harness import prompts, run
 from late import Late
 
 from fpwap import Callback, Result, Sweep
 from fpwap.callbacks.common import DiffOfMeans, IncrementalPCA, RawActivations, SteerInBasis
 from fpwap.device import open_device
-from fpwap.plan import Plan
+from fpwap.plan import Plan, make_plan
+from fpwap.schedule import Schedule, Stage, group_stages
 
 Checkpoint = Callable[[str], Path]
 LENGTHS = [17, 5, 29, 17, 3, 40, 11, 5, 17, 24, 9, 31]
@@ -97,6 +100,38 @@ def test_a_device_whose_copies_come_late_leaves_the_same_bytes(
         monkeypatch.setattr("fpwap.sweep.open_device", lambda asked, device=device: device)
         assert content(sweep(checkpoint(model), **wished)) == expected(model)
         device.finish()
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_head_in_slices_leaves_the_same_bytes(
+    dtype: str, seed: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """9,000 words in three slices, for two chunks of the dataset; seed: on a late device."""
+    folder = write(Variant(family="llama", config={"vocab_size": 9000}), tmp_path)
+    whole = content(sweep(folder, dtype=dtype, loading="resident"))
+
+    def sliced(*given: Any) -> Plan:
+        plan = make_plan(*given)
+        groups = group_stages(range(plan.layers), norm=True, head=True, size=1, apart=True)
+        some = len(plan.costs.rows) // 2
+        chunks = range(some), range(some, len(plan.costs.rows))
+        schedule = Schedule(groups, plan.schedule.waves, streamed=frozenset({Stage("head")}), head_chunks=chunks)
+        return replace(plan, schedule=schedule, loading="stream", ring=3)
+
+    monkeypatch.setattr("fpwap.prepare.make_plan", sliced)
+    monkeypatch.setattr("fpwap.weights.PIECE", 1 << 12)
+    if seed is not None:
+        device = Late(seed)
+        monkeypatch.setattr("fpwap.sweep.open_device", lambda asked: device)
+    assert content(sweep(folder, dtype=dtype)) == whole
+
+
+def test_the_head_is_whole_where_bits_depend_on_its_rows(checkpoint: Checkpoint) -> None:
+    """At natural height, however small the budget is."""
+    few: dict[str, Any] = {"batching": "padded", "microbatch_size": 1, "memory": "1MB", "device": "cpu"}
+    plan = Sweep(checkpoint("llama"), dataset(), callbacks=[RawActivations(hook="logits")], **few).preflight()
+    assert Stage("head") not in plan.schedule.streamed
 
 
 def test_waves_leave_the_same_bytes(expected: Callable[[str], dict[str, bytes]], checkpoint: Checkpoint) -> None:

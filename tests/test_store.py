@@ -397,11 +397,31 @@ def test_a_commit_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(os, "fsync", fsync)
     complete(store, POOLED)
-    store.settle(all=False)
     assert not (tmp_path / POOLED.file).exists()
     gate.set()
     store.settle()
     assert (tmp_path / POOLED.file).exists()
+    store.close()
+
+
+def test_a_slow_disk_lets_no_commits_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each waiting file holds a descriptor; here the disk begins no sync before three commits have been asked for."""
+    store, asked, waiting = Store.open(tmp_path, LENGTHS), threading.Semaphore(0), []
+
+    def fsync(fd: int, real: Callable[[int], None] = os.fsync) -> None:
+        assert asked.acquire(timeout=60)
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for layer in range(6):
+        for _ in range(2 * (layer > 1)):  # of the eldest: its file, its folder
+            asked.release()
+        complete(store, Record(layer, "residual_post", None, "prompt", (4,), torch.bfloat16))
+        waiting.append(len(list((tmp_path / "activations").glob("*.partial"))))
+    assert max(waiting) <= 3
+    for _ in range(20):
+        asked.release()
+    store.settle()
     store.close()
 
 
