@@ -17,7 +17,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -37,12 +37,16 @@ from .recipes import Batch, Recipe, Way, recipe, slices, slot_size, without_expe
 from .schedule import Stage
 
 Moved = Callable[[int, float], None]
+Check = Callable[[], None]
+Span = Callable[[str], contextlib.AbstractContextManager[object]]
 Loading = Literal["resident", "stream"]
 
 STAGINGS = 4
 """Staging buffers of an accelerator's reader: two are read into while others are on their way. In RAM two will do."""
 PIECE, PIECE_ROWS = 96 << 20, 4096
 """Bytes of a piece of the head, about; and what its rows are a multiple of."""
+PATIENCE = 0.5
+"""Seconds that are waited at most until somebody asks again whether the run is to stop."""
 
 
 class Weights:
@@ -53,7 +57,9 @@ class Weights:
     or whose vocabulary, are read in turns, two in memory. rows: ascending ids of the vocabulary that the embedding is
     to hold, None for all. What `acquire` returned is good until its `release`, no longer. Failures of the reader come
     out of `acquire`, or of the iterator. ``moved(bytes, seconds)`` is told of everything read, by the thread that read
-    it. Raises `ModelError`.
+    it. check: raises if the run is to stop; asked before each stage and piece, and twice a second while one is waited
+    for; after that only `close` is left. span: of a profile, "load" around the waits for what is read in turns, which
+    come amid the maths. Raises `ModelError`.
     """
 
     def __init__(
@@ -69,8 +75,10 @@ class Weights:
         dtype: torch.dtype,
         device: Device,
         moved: Moved,
+        check: Check = lambda: None,
+        span: Span = contextlib.nullcontext,
     ) -> None:
-        self._device, self._layout, self._dtype, self._moved = device, layout, dtype, moved
+        self._device, self._layout, self._dtype, self._moved, self._check = device, layout, dtype, moved, check
         self._way: Way = "stage" if device.asynchronous else "map" if loading == "resident" else "slot"
         self._kept = device.asynchronous and loading == "resident"
         self._order = list(dict.fromkeys(stages)) if self._kept else list(stages)
@@ -94,7 +102,7 @@ class Weights:
             self._loader = _Loader(self._shards, device, direct=loading == "stream", room=room)
             opened.callback(self._loader.close)
             if turns:
-                self._turns = _Turns(self._shards, device, dtype, turns, moved)
+                self._turns = _Turns(self._shards, device, dtype, turns, moved, check, span)
                 opened.callback(self._turns.close)
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="fpwap-weights", initializer=_threads(device))
             opened.callback(self._pool.shutdown, wait=True, cancel_futures=True)
@@ -109,11 +117,11 @@ class Weights:
         On an accelerator the maths waits for them, not the caller.
         """
         if self._kept:
-            loaded = self._everything[stage].result()
+            loaded = _patiently(self._everything[stage], self._check)
         else:
             expected, future = self._reading.popleft()
             assert stage == expected, f"stages are acquired in order: {expected}, not {stage}"
-            loaded = future.result()
+            loaded = _patiently(future, self._check)
         self._device.compute.wait(loaded.ready)
         return loaded.weights
 
@@ -229,9 +237,16 @@ class _Turns:
     """
 
     def __init__(
-        self, shards: Shards, device: Device, dtype: torch.dtype, parcels: Sequence[Parcel], moved: Moved
+        self,
+        shards: Shards,
+        device: Device,
+        dtype: torch.dtype,
+        parcels: Sequence[Parcel],
+        moved: Moved,
+        check: Check,
+        span: Span,
     ) -> None:
-        self._device, self._dtype, self._moved = device, dtype, moved
+        self._device, self._dtype, self._moved, self._check, self._span = device, dtype, moved, check, span
         self._way: Way = "stage" if device.asynchronous else "slot"
         alike = {
             tuple((p.values.dtype, p.shape) for slot in parcel.slots for p in slot.pieces): parcel for parcel in parcels
@@ -250,8 +265,9 @@ class _Turns:
                 slab = self._slabs[turn % 2]
                 ahead.append(self._pool.submit(self._read, parcels[turn], slab.memory, slab.free))
             if turn:
-                loaded = ahead.popleft().result()
-                self._device.compute.wait(loaded.ready)
+                with self._span("load"):
+                    loaded = _patiently(ahead.popleft(), self._check)
+                    self._device.compute.wait(loaded.ready)
                 try:
                     yield loaded.weights
                 finally:
@@ -388,6 +404,15 @@ class _Maps:
         raw[:: mmap.PAGESIZE].max()  # the pages are read here, not in the maths
         flat = torch.frombuffer(self._maps[shard], dtype=dtype, count=size // dtype.itemsize, offset=begin - first)
         return flat.view(slot.shape)
+
+
+def _patiently(future: "Future[_Loaded]", check: Check) -> _Loaded:
+    """What a reader made of it, waited for as long as ``check`` raises nothing."""
+    check()
+    while not future.done():
+        wait((future,), PATIENCE)
+        check()
+    return future.result()  # not with a timeout: a disk's own TimeoutError would pass for it
 
 
 def _threads(device: Device) -> Callable[[], None]:

@@ -1,5 +1,6 @@
 """Weights against safetensors' own reader: whatever lies where in a file, however it is read, into whichever memory."""
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -618,6 +619,39 @@ def test_pieces_that_nobody_asks_for_any_more_do_no_harm(folder: Path, small: No
         held.close()
 
 
+@pytest.mark.parametrize("device", [Cpu(), Late(4)], ids=["cpu", "late"])
+@pytest.mark.parametrize("turns", ["experts", "pieces"])
+def test_waits_amid_the_maths_are_loading(
+    turns: str, device: Device, folder: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No piece is read before somebody is seen waiting for it, and the maths with it is not waiting any more."""
+    stage, spans, waiting = Stage("layer", 1) if turns == "experts" else Stage("head"), list[str](), threading.Event()
+
+    @contextlib.contextmanager
+    def span(phase: str) -> Iterator[None]:
+        spans.append(phase)
+        waiting.set()
+        yield
+        waiting.clear()
+
+    held = opened(folder, device, stages=[stage], streamed=IN_TURNS, span=span)
+    w = held.acquire(stage)
+    assert spans == [], "of the one who acquires"
+    plain = Shards.check
+
+    def seen(self: Shards, entries: Any) -> None:
+        assert waiting.wait(20)
+        plain(self, entries)
+
+    monkeypatch.setattr(Shards, "check", seen)
+    count = 0
+    for _ in w.own.each(range(EXPERTS)) if turns == "experts" else w.pieces():
+        assert not waiting.is_set()
+        count += 1
+    assert spans == ["load"] * count and count > 1
+    held.close()
+
+
 def cached(path: Path) -> int:
     """Pages of a file in the page cache."""
     with open(path, "rb") as file:
@@ -970,6 +1004,96 @@ def test_closing_ends_a_read_under_way(
     held.close()
     held.close()
     assert 1 <= len(reads) <= reading.READS
+
+
+class Stop(Exception):
+    """The run is to stop."""
+
+
+@pytest.mark.parametrize("device", [Cpu(), Late(2)], ids=["cpu", "late"])
+@pytest.mark.parametrize("waited", ["stage", "expert", "piece"])
+def test_one_who_waits_is_interrupted(
+    waited: str, device: Device, folder: Path, monkeypatch: pytest.MonkeyPatch, clean: None
+) -> None:
+    """The disk answers no more before the weights are closed."""
+    assert weights.PATIENCE <= 0.5
+    monkeypatch.setattr(weights, "PATIENCE", 0.01)
+    plain, asked, hangs = os.preadv, list[bool](), threading.Event()
+
+    def hanging(descriptor: int, parts: Any, start: int) -> int:
+        if hangs.is_set():
+            assert held._shards.closing.wait(20)
+        return plain(descriptor, parts, start)
+
+    def check() -> None:
+        asked.append(hangs.is_set())
+        if asked.count(True) == 3:
+            raise Stop
+
+    if waited == "stage":
+        hangs.set()
+    monkeypatch.setattr(os, "preadv", hanging)
+    opening = threading.Lock()  # until there is something to be closed
+    shards_check = Shards.check
+
+    def opened_first(self: Shards, entries: Any) -> None:
+        with opening:
+            shards_check(self, entries)
+
+    monkeypatch.setattr(Shards, "check", opened_first)
+    stage = {"stage": Stage("layer", 0), "expert": Stage("layer", 1), "piece": Stage("head")}[waited]
+    with opening:
+        held = opened(folder, device, stages=[stage], streamed=IN_TURNS, check=check)
+    if waited == "stage":
+        with pytest.raises(Stop):
+            held.acquire(stage)
+    else:
+        w = held.acquire(stage)
+        hangs.set()
+        with pytest.raises(Stop):
+            list(w.own.each([0]) if waited == "expert" else w.pieces())
+    held.close()
+
+
+@pytest.mark.parametrize("turns", ["experts", "pieces"])
+def test_one_who_never_waits_is_interrupted(turns: str, folder: Path, small: None, clean: None) -> None:
+    """Before each expert or piece, though all of them are there in time."""
+    stage, to_stop = Stage("layer", 1) if turns == "experts" else Stage("head"), threading.Event()
+
+    def check() -> None:
+        if to_stop.is_set():
+            raise Stop
+
+    held = opened(folder, Cpu(), stages=[stage, stage], streamed=IN_TURNS, check=check)
+    w = held.acquire(stage)
+    some = w.own.each(range(EXPERTS)) if turns == "experts" else w.pieces()
+    next(some)
+    next(some)
+    to_stop.set()
+    with pytest.raises(Stop):
+        next(some)
+    held.release(stage)
+    with pytest.raises(Stop):
+        held.acquire(stage)
+    held.close()
+
+
+def test_a_timeout_of_the_disk_is_not_waited_for_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, clean: None
+) -> None:
+    def timed_out(self: Shards, entries: Any) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(Shards, "check", timed_out)
+    asked = itertools.count()
+
+    def check() -> None:
+        assert next(asked) < 100, "waits for what has failed"
+
+    held = opened(folder, Cpu(), check=check)
+    with pytest.raises(TimeoutError):
+        held.acquire(STAGES[0])
+    held.close()
 
 
 def test_a_part_that_cannot_be_opened_leaves_nothing(folder: Path, clean: None) -> None:
