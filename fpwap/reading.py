@@ -117,7 +117,7 @@ class Shards:
         return held.st_size
 
     def close(self) -> None:
-        """Readers stop at their next chunk; call again when they have, since descriptors are closed here."""
+        """Closes the files: nobody is to read any more. One who does stops when `closing` is set, and is waited for."""
         for descriptor in self._open.values():
             os.close(descriptor)
         self._open.clear()

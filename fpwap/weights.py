@@ -171,7 +171,7 @@ class Weights:
         whole, turns = self._layout[stage], self._turns
         weights: Any = loaded.weights
         if stage.kind == "head":
-            weights = Head(weights, whole, self._in_turns(whole, stage), turns)
+            weights = Head(weights, self._in_turns(whole, stage), turns)
         elif turns is not None and stage in self._streamed:
             handles = {field: Streamed(parcels, turns) for field, parcels in whole.experts.items()}
             weights = replace(weights, **handles)
@@ -182,17 +182,12 @@ class Weights:
 class Head:
     """The head's weights, whole or in pieces of the vocabulary."""
 
-    def __init__(self, whole: Any, parcel: Parcel, pieces: Sequence[Parcel], turns: "_Turns | None") -> None:
-        self._whole, self._parcel, self._pieces, self._turns = whole, parcel, pieces, turns
+    def __init__(self, whole: Any, pieces: Sequence[Parcel], turns: "_Turns | None") -> None:
+        self._whole, self._pieces, self._turns = whole, pieces, turns
 
     def pieces(self) -> Iterator[Any]:
         """In the order of the vocabulary; each is good until the next is asked for."""
         return iter((self._whole,)) if not self._pieces or self._turns is None else self._turns.each(self._pieces)
-
-    @property
-    def whole(self) -> Any:
-        """All of it at once; read into memory of its own where it comes in pieces."""
-        return self._whole if not self._pieces or self._turns is None else self._turns.alone(self._parcel)
 
 
 class Streamed:
@@ -272,13 +267,6 @@ class _Turns:
                     yield loaded.weights
                 finally:
                     self._slabs[(turn - 1) % 2].used(self._device)
-
-    def alone(self, parcel: Parcel) -> Any:
-        """Its weights in memory of their own."""
-        slab = _Slab(self._device, slot_size(parcel, self._dtype, self._way))
-        loaded = self._pool.submit(self._read, parcel, slab.memory, slab.free).result()
-        self._device.compute.wait(loaded.ready)
-        return loaded.weights
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -462,16 +450,13 @@ class Decoded(Mapping[str, Tensor]):
             raise KeyError(name)
         slot, shape = self._slot(values, scales)
         found = recipe(Parcel(_One, {"tensor": slot}, {}), slot.dtype or self._dtype, "stage")
-        shards, device = Shards(self._checkpoint.folder, {entry.shard for entry in slot.pieces[0].stored}), Cpu()
-        try:
-            shards.check(slot.pieces[0].stored)
+        device, memory = Cpu(), torch.empty(found.size, dtype=torch.uint8)
+        with contextlib.ExitStack() as opened:
+            shards = Shards(self._checkpoint.folder, {entry.shard for entry in slot.pieces[0].stored})
+            opened.callback(shards.close)
             loader = _Loader(shards, device, direct=False, room=found.room)
-            memory = torch.empty(found.size, dtype=torch.uint8)
-            loaded = loader.load(found, memory, device.compute.record()).weights
-            loader.close()
-        finally:
-            shards.close()
-        tensor: Tensor = loaded.tensor
+            opened.callback(loader.close)
+            tensor: Tensor = loader.load(found, memory, device.compute.record()).weights.tensor
         return tensor.view(shape)
 
     def _slot(self, values: Entry, scales: Entry | None) -> tuple[Slot, tuple[int, ...]]:

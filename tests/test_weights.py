@@ -599,7 +599,6 @@ def test_pieces_of_the_head_are_whole_multiples(folder: Path, small: None) -> No
     for _ in range(2):
         sizes = [(len(piece.unembed), len(piece.bias), len(piece.common)) for piece in head.pieces()]
         assert sizes == [(32, 32, HIDDEN)] * 4 + [(22, 22, HIDDEN)]
-    assert same(head.whole.unembed, model()["head"]) and same(head.whole.bias, model()["bias"])
     held.close()
 
 
@@ -833,10 +832,6 @@ def scenario(folder: Path, dtype: torch.dtype, streamed: frozenset[Stage]) -> Ca
         try:
             for stage in STAGES * 2:
                 w = held.acquire(stage)
-                if stage.kind == "head":
-                    whole = w.whole
-                    parts = {"head": whole.unembed, "bias": whole.bias, "common": whole.common}
-                    assert all(same(tensor, wanted[name]) for name, tensor in parts.items())
                 for name, tensor in shown(stage, w, [3, 0, 1, 2], look):
                     assert same(tensor, wanted[name])
                 held.release(stage)
@@ -861,7 +856,7 @@ def test_every_wait_is_needed(dtype: torch.dtype, streamed: frozenset[Stage], fo
         "load",
         "_next",
         "close",
-        *(["each", "alone"] if streamed else []),
+        *(["each"] if streamed else []),
     }
     assert [place for place in sorted(places) if not fails(run, place)] == []
 
@@ -946,6 +941,20 @@ def test_a_disk_error_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch, cl
     with pytest.raises(ModelError, match=r"model.safetensors cannot be read at byte \d+: Input/output error"):
         held.acquire(STAGES[0])
     held.close()
+
+
+def test_a_disk_error_while_one_tensor_is_decoded_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clean: None
+) -> None:
+    def broken(descriptor: int, parts: Any, start: int) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    save(quantised("fp8")[0], tmp_path / "model.safetensors")
+    decoded = Decoded(Checkpoint.open(tmp_path), QUANTISED["fp8"], torch.float32)
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(ModelError, match=r"model.safetensors cannot be read at byte \d+") as caught:
+        decoded["head"]
+    assert not alive(), f"{caught.value} keeps the reader alive, and the reader its threads"
 
 
 @pytest.mark.parametrize("loading", ["resident", "stream"])
