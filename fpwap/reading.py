@@ -97,7 +97,7 @@ class Shards:
         return self._open[shard]
 
     def check(self, entries: Iterable[Entry]) -> None:
-        """Raises `ModelError` if a shard no longer holds these tensors, or another file has its name."""
+        """Raises `ModelError` if a shard no longer holds these tensors, is out of reach, or another file has its name."""
         sizes: dict[str, int] = {}
         for entry in entries:
             if entry.shard not in sizes:
@@ -107,11 +107,17 @@ class Shards:
                 raise ModelError(f"{path} was truncated while it was read: {entry.name} is cut off; download it again")
 
     def _size(self, shard: str) -> int:
-        held, path = os.fstat(self._open[shard]), self.folder / shard
+        path = self.folder / shard
         try:
-            named = os.stat(path)
-        except FileNotFoundError:  # what is open stays whole
-            return held.st_size
+            held = os.fstat(self._open[shard])
+            try:
+                named = os.stat(path)
+            except FileNotFoundError:  # what is open stays whole
+                return held.st_size
+        except OSError as error:
+            raise ModelError(
+                f"{path} can no longer be looked at: {error.strerror or error}; run again when it is back"
+            ) from error
         if (named.st_dev, named.st_ino) != (held.st_dev, held.st_ino):
             raise ModelError(f"{path} was replaced while it was read: run again with the file that is there now")
         return held.st_size

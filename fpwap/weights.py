@@ -385,9 +385,15 @@ class _Maps:
         first, last = self._parts[shard]
         first -= first % mmap.ALLOCATIONGRANULARITY
         descriptor = self._shards.descriptor(shard)
-        if shard not in self._maps:
-            self._maps[shard] = mmap.mmap(descriptor, last - first, mmap.MAP_PRIVATE, offset=first)
-        os.posix_fadvise(descriptor, begin, size, os.POSIX_FADV_WILLNEED)
+        try:
+            if shard not in self._maps:
+                self._maps[shard] = mmap.mmap(descriptor, last - first, mmap.MAP_PRIVATE, offset=first)
+            os.posix_fadvise(descriptor, begin, size, os.POSIX_FADV_WILLNEED)
+        except OSError as error:
+            raise ModelError(
+                f"{self._shards.folder / shard} cannot be mapped: {error.strerror or error}; "
+                "loading='stream' reads it without a map"
+            ) from error
         raw = np.frombuffer(self._maps[shard], dtype=np.uint8, count=size, offset=begin - first)
         raw[:: mmap.PAGESIZE].max()  # the pages are read here, not in the maths
         flat = torch.frombuffer(self._maps[shard], dtype=dtype, count=size // dtype.itemsize, offset=begin - first)

@@ -943,6 +943,47 @@ def test_a_disk_error_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch, cl
     held.close()
 
 
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EACCES])
+@pytest.mark.parametrize("call", ["fstat", "stat"])
+def test_a_file_out_of_reach_is_named(
+    call: str, number: int, folder: Path, monkeypatch: pytest.MonkeyPatch, clean: None
+) -> None:
+    """As on a network's disk that was taken away, or in a folder that was closed to us."""
+    held = opened(folder, Cpu(), ring=1)
+    held.acquire(STAGES[0])
+    plain, path = getattr(os, call), folder / "model.safetensors"
+
+    def broken(which: Any, **options: Any) -> os.stat_result:
+        found: os.stat_result = plain(which, **options)
+        if which == path or (isinstance(which, int) and os.path.samestat(found, path.lstat())):
+            raise OSError(number, os.strerror(number))
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, broken)
+        held.release(STAGES[0])
+        with pytest.raises(ModelError, match=rf"model.safetensors can no longer be looked at: {os.strerror(number)};"):
+            held.acquire(STAGES[1])
+    held.close()
+
+
+def test_a_file_that_cannot_be_mapped_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch, clean: None) -> None:
+    plain = mmap.mmap
+
+    def full(descriptor: int, *rest: Any, **options: Any) -> mmap.mmap:
+        if descriptor >= 0:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return plain(descriptor, *rest, **options)
+
+    monkeypatch.setattr(mmap, "mmap", full)
+    held = opened(folder, Cpu(), loading="resident")
+    with pytest.raises(
+        ModelError, match=r"model.safetensors cannot be mapped: Cannot allocate memory; loading='stream'"
+    ):
+        held.acquire(STAGES[0])
+    held.close()
+
+
 def test_a_disk_error_while_one_tensor_is_decoded_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clean: None
 ) -> None:
