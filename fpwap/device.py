@@ -7,12 +7,15 @@ of it happens at once and the words cost nothing, so that there is one path thro
 The module does not know what travels, nor why.
 """
 
+import contextlib
 import mmap
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .errors import RequestError
 
 PAGE = mmap.PAGESIZE
 
@@ -66,10 +69,17 @@ class Device(Protocol):
 
 
 def pages(size: int) -> Tensor:
-    """uint8 ``[size]`` in RAM, beginning at a page; takes memory as it is touched."""
-    room = mmap.mmap(-1, max(PAGE, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a shared map has small pages
+    """uint8 ``[size]`` in RAM, beginning at a page; takes memory as it is touched. Raises `RequestError`."""
+    try:  # a shared map has small pages
+        room = mmap.mmap(-1, max(PAGE, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise RequestError(
+            f"{size:,} bytes of memory cannot be had: {error.strerror or error}; "
+            "give a smaller memory=, or leave it more (other programs, ulimit -v)"
+        ) from error
     if hasattr(mmap, "MADV_HUGEPAGE") and size >= 1 << 24:
-        room.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel without large pages
+            room.madvise(mmap.MADV_HUGEPAGE)
     return torch.from_numpy(np.frombuffer(room, dtype=np.uint8, count=size))
 
 

@@ -97,7 +97,7 @@ class Shards:
         return self._open[shard]
 
     def check(self, entries: Iterable[Entry]) -> None:
-        """Raises `ModelError` if a shard no longer holds these tensors, is out of reach, or another file has its name."""
+        """Raises `ModelError` if a shard lacks some of these tensors by now, is out of reach, or was replaced."""
         sizes: dict[str, int] = {}
         for entry in entries:
             if entry.shard not in sizes:

@@ -34,7 +34,7 @@ from archs.contract import Family, experts, source
 from fpwap import reading, recipes, weights
 from fpwap.checkpoint import Checkpoint, Layout, lay_out
 from fpwap.device import PAGE, Cpu, Device
-from fpwap.errors import ModelError
+from fpwap.errors import ModelError, RequestError
 from fpwap.formats import Quantisation, mxfp4
 from fpwap.reading import Shards, Span, gather
 from fpwap.recipes import Way, recipe, slot_size
@@ -1144,6 +1144,22 @@ def test_a_timeout_of_the_disk_is_not_waited_for_again(
     with pytest.raises(TimeoutError):
         held.acquire(STAGES[0])
     held.close()
+
+
+def test_memory_that_cannot_be_had_is_counted_in_bytes() -> None:
+    words = r"^1,152,921,504,606,846,976 bytes of memory cannot be had: Cannot allocate memory; give a smaller memory="
+    for take in (Cpu().memory, Cpu().pinned):
+        with pytest.raises(RequestError, match=words):
+            take(1 << 60)
+
+
+def test_a_kernel_without_large_pages_has_memory_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Small(mmap.mmap):
+        def madvise(self, *advice: int) -> None:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(mmap, "mmap", Small)
+    assert len(Cpu().memory(1 << 24)) == 1 << 24
 
 
 def test_a_part_that_cannot_be_opened_leaves_nothing(folder: Path, clean: None) -> None:
