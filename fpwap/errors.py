@@ -1,4 +1,13 @@
-"""The exceptions a caller may want to catch. Each message is one sentence: what is wrong, where, and what to do."""
+"""The exceptions a caller may want to catch. Each message is one sentence: what is wrong, where, and what to do.
+
+What the system says of a file becomes one by `reported`.
+"""
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class FpwapError(Exception):
@@ -43,3 +52,22 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, signum: int) -> None:
         super().__init__(f"interrupted by signal {signum}")
         self.signum = signum
+
+
+@contextmanager
+def reported(path: Path, needed: int = 0, what: str = "") -> Iterator[None]:
+    """Turns an `OSError` into a `StoreError` that names ``path``, and on a full disk the bytes needed and free.
+
+    what: the file is, in words before its path, where that does not tell.
+    """
+    try:
+        yield
+    except StoreError:
+        raise
+    except OSError as error:
+        words = f"{what}{path}: {error.strerror or error}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            there = next(folder for folder in path.absolute().parents if folder.exists())
+            free = shutil.disk_usage(there).free
+            words += f": {needed} bytes needed, {free} bytes free; free space there or give another out="
+        raise StoreError(words) from error

@@ -13,11 +13,10 @@ import contextlib
 import errno
 import math
 import os
-import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Generic, Literal, Protocol, TypeVar
 
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .device import Device, Event
-from .errors import StoreError
+from .errors import StoreError, reported
 
 Tier = Literal["device", "ram", "disk"]
 DEPTH = 2
@@ -277,19 +276,8 @@ class OnDisk:
     def _path(self, name: str, side: int) -> Path:
         return self._folder / f"{name}.{'ab'[side]}"
 
-    @contextmanager
-    def _reported(self, path: Path) -> Iterator[None]:
-        """Turns an `OSError` into a `StoreError` that names the file, and on a full disk the bytes needed and free."""
-        try:
-            yield
-        except StoreError:
-            raise
-        except OSError as error:
-            words = f"the residual stream's file {path}: {error.strerror or error}"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                free = shutil.disk_usage(self._folder).free
-                words += f": {self._needed} bytes needed, {free} bytes free; free space there or give another out="
-            raise StoreError(words) from error
+    def _reported(self, path: Path) -> AbstractContextManager[None]:
+        return reported(path, self._needed, "the residual stream's file ")
 
 
 def open_residual(

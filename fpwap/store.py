@@ -20,11 +20,9 @@ import json
 import math
 import os
 import re
-import shutil
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,6 +33,7 @@ from torch import Tensor
 from xxhash import xxh3_128, xxh3_128_digest, xxh3_128_hexdigest
 
 from .errors import CallbackError, StoreError
+from .errors import reported as reported
 
 if TYPE_CHECKING:
     from .callbacks.base import LayerArtifact, Site
@@ -151,22 +150,6 @@ def _json(value: object) -> bytes:
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def reported(path: Path, needed: int = 0) -> Iterator[None]:
-    """Turns an `OSError` into a `StoreError` that names ``path``, and on a full disk the bytes needed and free."""
-    try:
-        yield
-    except StoreError:
-        raise
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreError(f"{path}: {error.strerror or error}") from error
-        free = shutil.disk_usage(path.parent).free
-        raise StoreError(
-            f"{path}: {error.strerror}: {needed} bytes needed, {free} bytes free; free space there or give another out="
-        ) from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -319,6 +319,14 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert os.listdir(tmp_path) == []
 
 
+def test_a_disk_too_full_for_the_folder_itself_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "mkdir", lambda path, **options: failing(errno.ENOSPC)())
+    words = r"file .*run/scratch: No space left on device: 240 bytes needed, \d+ bytes free; free space there or give"
+    with pytest.raises(StoreError, match=words):
+        opened("disk", 10, Cpu(), tmp_path / "run" / "scratch")
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_file_system_that_cannot_reserve_is_written_to_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
