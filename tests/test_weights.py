@@ -33,7 +33,7 @@ from torch import Tensor
 from archs.contract import Family, experts, source
 from fpwap import reading, recipes, weights
 from fpwap.checkpoint import Checkpoint, Layout, lay_out
-from fpwap.device import PAGE, Cpu, Device
+from fpwap.device import PAGE, Cpu, Device, Event
 from fpwap.errors import ModelError, RequestError
 from fpwap.formats import Quantisation, mxfp4
 from fpwap.reading import Shards, Span, gather
@@ -624,7 +624,8 @@ def test_waits_amid_the_maths_are_loading(
     turns: str, device: Device, folder: Path, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No piece is read before somebody is seen waiting for it, and the maths with it is not waiting any more."""
-    stage, spans, waiting = Stage("layer", 1) if turns == "experts" else Stage("head"), list[str](), threading.Event()
+    stage, waiting = Stage("layer", 1) if turns == "experts" else Stage("head"), threading.Event()
+    spans, read = list[str](), list[int]()
 
     @contextlib.contextmanager
     def span(phase: str) -> Iterator[None]:
@@ -632,17 +633,24 @@ def test_waits_amid_the_maths_are_loading(
         waiting.set()
         yield
         waiting.clear()
+        assert len(read) >= len(spans), "nobody has waited"
 
-    held = opened(folder, device, stages=[stage], streamed=IN_TURNS, span=span)
+    held = opened(folder, device, stages=[stage], streamed=IN_TURNS, span=span, moved=lambda size, _: read.append(size))
     w = held.acquire(stage)
     assert spans == [], "of the one who acquires"
-    plain = Shards.check
+    read.clear()
+    plain, compute_waits = Shards.check, device.compute.wait
 
     def seen(self: Shards, entries: Any) -> None:
         assert waiting.wait(20)
         plain(self, entries)
 
+    def wait(event: Event) -> None:
+        assert waiting.is_set(), "the device waits as well"
+        compute_waits(event)
+
     monkeypatch.setattr(Shards, "check", seen)
+    monkeypatch.setattr(device.compute, "wait", wait)
     count = 0
     for _ in w.own.each(range(EXPERTS)) if turns == "experts" else w.pieces():
         assert not waiting.is_set()
