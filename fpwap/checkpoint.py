@@ -12,7 +12,7 @@ import os
 import re
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,10 +117,27 @@ class Checkpoint:
         """Of all tensors, there or not."""
         return {*self.entries, *self.absent}
 
-    def agrees(self, other: "Checkpoint") -> bool:
-        """Whether the shards that are needed look alike in both."""
-        mine, theirs = ({e for e in c.entries.values() if e.shard in self.needed} for c in (self, other))
-        return self.needed == other.needed and mine == theirs
+    def again(self, folder: Path) -> "Checkpoint":
+        """The same in ``folder``, where the needed shards must have the headers that they had.
+
+        Raises `ModelError` that names a shard which is missing, damaged or another one by now.
+        """
+        held = self._by_shard()
+        for shard in self.needed:
+            found = {entry.name: entry for entry in _header(folder, shard, None)}
+            if any(found.get(entry.name) != entry for entry in held[shard]):
+                raise ModelError(
+                    f"{folder / shard} is not the file whose header the plan was made of: it was replaced; run it again"
+                )
+        return replace(self, folder=folder)
+
+    def _by_shard(self) -> dict[str, list[Entry]]:
+        """The entries of each needed shard."""
+        held: dict[str, list[Entry]] = {shard: [] for shard in self.needed}
+        for entry in self.entries.values():
+            if entry.shard in held:
+                held[entry.shard].append(entry)
+        return held
 
     def look_up(self, name: str) -> tuple[Entry | None, Entry | None]:
         """The stored values of a tensor, and their scales if it is quantised."""
@@ -129,17 +146,17 @@ class Checkpoint:
         blocks, scales = (self.entries.get(name + end) for end in MXFP4)
         return (blocks, scales) if scales is not None else (None, None)
 
-    def content(self) -> dict[str, str]:
-        """shard -> what tells its content from another's.
+    def content(self, shards: Collection[str]) -> dict[str, str]:
+        """shard -> what tells its content from another's, of some of those that are needed.
 
-        Of the shards that are needed. A hub cache's blob is named by its digest. Of any other file the size, the header
-        and a sample of every tensor are hashed: a shard of many gigabytes is not read for this.
+        A hub cache's blob is named by its digest. Of any other file the size, the header
+        and a sample of every tensor are hashed: a shard of many gigabytes is not read for this. Raises `ModelError`.
         """
-        held: dict[str, list[Entry]] = {shard: [] for shard in self.needed}
-        for entry in self.entries.values():
-            if entry.shard in held:
-                held[entry.shard].append(entry)
-        return {shard: _content(self.folder / shard, entries) for shard, entries in held.items()}
+        return {
+            shard: _content(self.folder / shard, entries)
+            for shard, entries in self._by_shard().items()
+            if shard in shards
+        }
 
     def first_floating(self) -> torch.dtype | None:
         """The dtype of the first floating tensor, HF's rule for a config that names none."""
@@ -181,13 +198,16 @@ def _content(path: Path, entries: Sequence[Entry]) -> str:
     blob = path.resolve()
     if path.is_symlink() and blob.parent.name == "blobs":
         return f"blob {blob.name}"
-    digest = xxh3_128(str(path.stat().st_size).encode())
-    with open(path, "rb") as file:
-        for entry in entries:
-            digest.update(repr(entry).encode())
-            for part in range(SAMPLES):
-                file.seek(entry.start + max(0, entry.size - SAMPLE) * part // (SAMPLES - 1))
-                digest.update(file.read(min(SAMPLE, entry.size)))
+    try:
+        digest = xxh3_128(str(path.stat().st_size).encode())
+        with open(path, "rb") as file:
+            for entry in entries:
+                digest.update(repr(entry).encode())
+                for part in range(SAMPLES):
+                    file.seek(entry.start + max(0, entry.size - SAMPLE) * part // (SAMPLES - 1))
+                    digest.update(file.read(min(SAMPLE, entry.size)))
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
     return f"sampled {digest.hexdigest()}"
 
 
@@ -346,6 +366,11 @@ class Layout:
 
     def __getitem__(self, stage: Stage) -> Parcel:
         return self.parcels[stage]
+
+    def shards(self, stages: Iterable[Stage]) -> set[str]:
+        """The shards that hold these stages."""
+        pieces = (piece for stage in stages for slot in self[stage].slots for piece in slot.pieces)
+        return {entry.shard for piece in pieces for entry in piece.stored}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 from huggingface_hub import get_session, get_token, hf_hub_url, hf_raise_for_status, snapshot_download
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     GatedRepoError,
     HFValidationError,
     LocalEntryNotFoundError,
@@ -84,7 +85,13 @@ def header(model: Model, shard: str) -> tuple[dict[str, Any], int]:
     Raises `HubError`, and `ModelError` for what is no safetensors file.
     """
     with _said(model.name, model.commit):
-        head = _part(model, shard, 0, FIRST)
+        try:
+            head = _part(model, shard, 0, FIRST)
+        except EntryNotFoundError as error:
+            raise ModelError(
+                f"{model.name} has no {shard} on the hub: only safetensors are read, pickles (.bin, .pt) are never "
+                "opened; convert it to safetensors first"
+            ) from error
         length = struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else LONGEST + 1
         if length > LONGEST:
             raise ModelError(f"{shard} of {model.name} is not a readable safetensors file: its header has no length")

@@ -35,7 +35,7 @@ def identity(request: Request, ready: Prepared, callbacks: Sequence[Callback]) -
             "commit": model.files.commit,
             "family": model.family.name,
             "config": dict(model.raw),
-            "shards": ready.checkpoint.content(),
+            "shards": ready.checkpoint.content(ready.layout.shards(plan.costs.stages)),
         },
         "dataset": {
             "prompts": ready.prompts.n,

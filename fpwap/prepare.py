@@ -53,7 +53,7 @@ from .store import Record
 from .weights import PIECE, PIECE_ROWS
 
 MICROBATCH_HEIGHTS = 4
-"""Tiles of a packed microbatch by default: the fill of the last one is a few percent."""
+"""Tiles of a packed microbatch by default, at most: the fill of the last one is a few percent."""
 AT_ONCE = 16
 """Headers that are asked of the hub at once."""
 COLD = 0.1
@@ -143,43 +143,48 @@ def open_checkpoint(model: Model) -> tuple[Checkpoint, Layout]:
     return checkpoint, lay_out(checkpoint, model.family, model.config, model.quantisation)
 
 
-def survey(model: Model, stages: Sequence[Stage]) -> tuple[Checkpoint, Layout]:
+def survey(model: Model, stages: Sequence[Stage], dtype: torch.dtype | None = None) -> tuple[Checkpoint, Layout]:
     """The headers of the shards that hold these stages, checked against the config; no shard is downloaded.
 
-    Raises `ModelError`, `HubError`.
+    dtype: None if the first tensor of all may have to say it. Raises `ModelError`, `HubError`.
     """
-    checkpoint = _opened(model, stages, elsewhere=model.files.commit is not None)
+    needed = partial(_needed, model, stages, dtype)
+    checkpoint = (
+        Checkpoint.open(model.files.folder, needed) if model.files.commit is None else _from_afar(model, needed)
+    )
     return checkpoint, lay_out(checkpoint, model.family, model.config, model.quantisation, frozenset(stages))
 
 
-def _opened(model: Model, stages: Sequence[Stage], *, elsewhere: bool) -> Checkpoint:
-    """elsewhere: headers of shards that are not at hand may be asked of the hub."""
-    if not elsewhere:
-        return Checkpoint.open(model.files.folder, partial(_needed, model, stages))
-    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="fpwap-headers") as pool:
-        coming: dict[str, Future[tuple[dict[str, Any], int]]] = {}
+def _from_afar(model: Model, wanted: Callable[[Mapping[str, str]], set[str] | None]) -> Checkpoint:
+    """Headers of shards that are not at hand are asked of the hub, many at once; the first failure ends it."""
+    pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="fpwap-headers")
+    coming: dict[str, Future[tuple[dict[str, Any], int]]] = {}
 
-        def needed(places: Mapping[str, str]) -> set[str] | None:
-            found = _needed(model, stages, places)
-            for shard in {places[name] for name in (places if found is None else found)}:
-                if not (model.files.folder / shard).is_file():
-                    coming[shard] = pool.submit(hub.header, model.files, shard)
-            return found
+    def needed(places: Mapping[str, str]) -> set[str] | None:
+        found = wanted(places)
+        for shard in sorted({places[name] for name in (places if found is None else found)}):
+            if not (model.files.folder / shard).is_file():
+                coming[shard] = pool.submit(hub.header, model.files, shard)
+        return found
 
-        def header(shard: str) -> list[Entry]:
-            try:
-                return entries_of(
-                    shard, *(coming[shard].result() if shard in coming else hub.header(model.files, shard))
-                )
-            except (KeyError, TypeError, ValueError) as error:
-                raise ModelError(f"{shard} of {model.files.name} has a header that says nothing: {error!r}") from error
+    def header(shard: str) -> list[Entry]:
+        found = coming[shard].result() if shard in coming else hub.header(model.files, shard)
+        try:
+            return entries_of(shard, *found)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{shard} of {model.files.name} has a header that says nothing: {error!r}") from error
 
+    try:
         return Checkpoint.open(model.files.folder, needed, header)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _needed(model: Model, stages: Sequence[Stage], places: Mapping[str, str]) -> set[str] | None:
-    """The tensors that stages take; None, for all, where they say what dtype the model is in."""
-    if not (model.text.get("dtype") or model.text.get("torch_dtype")):
+def _needed(
+    model: Model, stages: Sequence[Stage], dtype: torch.dtype | None, places: Mapping[str, str]
+) -> set[str] | None:
+    """The tensors that stages take; None, for all, where they must say what dtype the model is in."""
+    if dtype is None and not (model.text.get("dtype") or model.text.get("torch_dtype")):
         return None
     return tensors_of(stages, places, model.family, model.config)
 
@@ -214,14 +219,14 @@ def prepare(
         check_positions(callback, prompts.lengths)
 
     stages = _wanted_stages(targets, config)
-    checkpoint, layout = survey(model, _read_stages(stages, verify=request.verify))
+    checkpoint, layout = survey(model, _read_stages(stages, verify=request.verify), request.dtype)
     if stage_of(targets.last).kind == "head" and Stage("head") not in layout:
         raise RequestError(f"{request.model} has no {family.head} and ties no weights: it has no logits")
     dtype = request.dtype or stored_dtype(model, checkpoint)
     height = sparse_height = None
     if request.batching == "packed":
         height, sparse_height = tile_heights(device, tuple(getattr(config, word) for word in family.activations))
-    microbatch_tokens = request.microbatch_tokens or MICROBATCH_HEIGHTS * (height or 0)
+    microbatch_tokens = request.microbatch_tokens or _microbatch(height or 0, config.hidden * dtype.itemsize, device)
     table = arrange(
         prompts,
         batching=request.batching,
@@ -284,17 +289,12 @@ def prepare(
 def fetch(prepared: Prepared) -> Prepared:
     """The same with the shards that it needs at hand: downloaded, if they are a hub model's that is not in the cache.
 
-    Raises `HubError`, and `ModelError` if they are not what the plan was made for.
+    Their headers are read again: hours may lie between a plan and its run. Raises `HubError`, and `ModelError` if they
+    are not what the plan was made for.
     """
     model, seen = prepared.model, prepared.checkpoint
-    if model.files.commit is None or all((seen.folder / shard).is_file() for shard in seen.needed):
-        return prepared
     files = hub.fetch(model.files, seen.needed)
-    stages = _read_stages(list(prepared.plan.costs.stages), verify=prepared.verify)
-    found = _opened(replace(model, files=files), stages, elsewhere=False)
-    if not found.agrees(seen):
-        raise ModelError(f"the shards of {files.name} are not those whose headers the plan was made of: run it again")
-    return replace(prepared, model=replace(model, files=files), checkpoint=found)
+    return replace(prepared, model=replace(model, files=files), checkpoint=seen.again(files.folder))
 
 
 def learn(plan: Plan, profile: Profile) -> None:
@@ -324,6 +324,17 @@ def _wished(request: Request, device: torch.device) -> Wanted:
     return Wanted(
         loading=loadings.get(request.loading), tier=tiers.get(request.residual), size=request.layers_per_visit
     )
+
+
+def _microbatch(height: int, row: int, device: torch.device) -> int:
+    """Tokens of a packed microbatch by default; row: bytes of the residual stream.
+
+    On the CPU its tensors stay below what the allocator maps anew at every operation.
+    """
+    most = MICROBATCH_HEIGHTS
+    if device.type == "cpu" and height:
+        most = max(1, min(most, (machine.LARGEST_KEPT - 1) // (height * row)))
+    return most * height
 
 
 def stored_dtype(model: Model, checkpoint: Checkpoint) -> torch.dtype:

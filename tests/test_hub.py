@@ -5,9 +5,11 @@ process of its own.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -26,8 +28,9 @@ from torch import Tensor
 
 from fpwap import Result, Sweep
 from fpwap.callbacks.common import RawActivations
-from fpwap.errors import ModelError
-from fpwap.prepare import fetch
+from fpwap.errors import HubError, ModelError
+from fpwap.prepare import fetch, open_model, survey
+from fpwap.schedule import Stage
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PROMPTS = [[3, 1, 4], [1, 5], [9, 2, 6, 5]]
@@ -123,10 +126,12 @@ def serving(folder: Path, *, ranges: bool = True) -> Iterator[tuple[str, list[st
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = Thread(target=partial(server.serve_forever, poll_interval=0.01))
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", asked, sent
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", asked, sent
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 @pytest.fixture(params=["llama", "llama_gqa"])
@@ -255,19 +260,109 @@ def test_shards_that_are_none_are_refused(body: bytes, words: str, large: Path, 
     assert said.startswith("ModelError") and shard in said and words in said
 
 
-def test_shards_that_changed_behind_the_plan_are_an_error(
+def copied(folder: Path, where: Path) -> Path:
+    return Path(shutil.copytree(folder, where))
+
+
+def planned(folder: Path, layer: int = 1) -> Sweep:
+    """A sweep whose plan has been made."""
+    sweep = Sweep(folder, PROMPTS, callbacks=[RawActivations([layer])], device="cpu", progress=False)
+    assert sweep.preflight().feasible
+    return sweep
+
+
+def rewritten(path: Path) -> None:
+    """Another file of this name, as it is saved by who has another order of tensors."""
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + length])
+    one, other = next(
+        pair
+        for pair in itertools.combinations([name for name in header if name != "__metadata__"], 2)
+        if header[pair[0]]["shape"] == header[pair[1]]["shape"]
+    )
+    header[one]["data_offsets"], header[other]["data_offsets"] = (header[n]["data_offsets"] for n in (other, one))
+    text = json.dumps(header).encode()
+    path.with_suffix(".new").write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+    os.replace(path.with_suffix(".new"), path)
+
+
+@pytest.mark.parametrize("model", ["large", "single"])
+def test_a_shard_that_was_replaced_behind_the_plan_is_an_error(
+    model: str, large: Path, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = copied(large if model == "large" else checkpoint("llama"), tmp_path / "model")
+    sweep, shard = planned(folder), "model.safetensors"
+    if model == "large":
+        (shard,) = shards_of(folder, "layers.0.mlp.up_proj")
+    rewritten(folder / shard)
+    with pytest.raises(ModelError, match=rf"{shard} is not the file whose header the plan was made of"):
+        sweep.run()
+
+
+def test_a_shard_that_is_gone_is_an_error(large: Path, tmp_path: Path) -> None:
+    folder = copied(large, tmp_path / "model")
+    sweep, (shard,) = planned(folder), shards_of(folder, "layers.0.mlp.up_proj")
+    (folder / shard).rename(folder / "elsewhere")
+    with pytest.raises(ModelError, match=rf"{shard} is missing"):
+        sweep.run()
+    with pytest.raises(ModelError, match=rf"{shard} cannot be read: No such file"):
+        sweep._prepared.checkpoint.content({shard})
+
+
+def test_what_the_run_does_not_need_may_change(large: Path, tmp_path: Path) -> None:
+    folder = copied(large, tmp_path / "model")
+    needed = shards_of(folder, "embed_tokens", "layers.0.", "layers.1.")
+    sweep = planned(folder)
+    for path in folder.glob("*.safetensors"):
+        if path.name not in needed:
+            path.unlink()
+    assert sweep.run().manifest["layers"] == 4
+
+
+def test_what_comes_from_the_hub_must_be_what_was_planned(
     large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sweep = Sweep(large, PROMPTS, callbacks=[RawActivations([1])], device="cpu")
-    ready = sweep._prepared
-    served = replace(ready.model.files, commit=COMMIT)
-    there = replace(ready, model=replace(ready.model, files=served))
-    assert fetch(there) is there, "all is at hand"
+    ready = planned(large)._prepared
+    there = replace(ready, model=replace(ready.model, files=replace(ready.model.files, commit=COMMIT)))
     empty = replace(there.checkpoint, folder=tmp_path)
     monkeypatch.setattr("fpwap.hub.fetch", lambda model, files: model)
-    assert fetch(replace(there, checkpoint=empty)).checkpoint.folder == large
+    assert fetch(replace(there, checkpoint=empty)).checkpoint == there.checkpoint
     entries = dict(empty.entries)
     name = next(name for name, entry in entries.items() if entry.shard in empty.needed)
     entries[name] = replace(entries[name], start=entries[name].start + 8)
-    with pytest.raises(ModelError, match="are not those whose headers the plan was made of"):
+    with pytest.raises(ModelError, match="is not the file whose header the plan was made of"):
         fetch(replace(there, checkpoint=replace(empty, entries=entries)))
+
+
+def test_the_first_header_that_fails_ends_a_plan(large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are not waited for: here they come when the plan has failed, or never."""
+    first, failed = min(path.name for path in large.glob("*.safetensors")), Event()
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors.index.json"):
+        shutil.copy(large / name, folder)
+
+    def header(model: object, shard: str) -> None:
+        if shard != first:
+            assert failed.wait(60), "the failure has waited for the others"
+        raise HubError(f"{shard} cannot be had")
+
+    monkeypatch.setattr("fpwap.hub.header", header)
+    monkeypatch.setattr("fpwap.prepare.AT_ONCE", 3)
+    opened = open_model(str(folder), None)
+    with pytest.raises(HubError, match=first):
+        survey(replace(opened, files=replace(opened.files, commit=COMMIT)), [Stage("embed"), Stage("layer", 3)])
+    failed.set()
+
+
+def test_a_repository_of_pickles_is_told_to_convert_them(large: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "served"
+    folder.mkdir()
+    shutil.copy(large / "config.json", folder)
+    (folder / "pytorch_model.bin").write_bytes(b"pickled")
+    with serving(folder) as (endpoint, asked, _):
+        said = run(endpoint, tmp_path / "home", "tests/model", "0", code=PLAN)
+    assert said.startswith("ModelError tests/model has no model.safetensors on the hub")
+    assert "convert it to safetensors first" in said
+    assert set(asked) == {"config.json"}

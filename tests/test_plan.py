@@ -20,7 +20,7 @@ from harness import prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fpwap import Sweep, machine, rates
+from fpwap import Sweep, identity, machine, rates
 from fpwap.callbacks.common import RawActivations
 from fpwap.costs import Costs, Maths, Pace, StageCost, Way, needs, slots, steps_up_to
 from fpwap.errors import ModelError, RequestError
@@ -283,7 +283,7 @@ def test_a_stream_that_fits_nowhere_goes_in_waves() -> None:
 
 def test_a_large_head_is_streamed_in_a_group_of_its_own() -> None:
     stages = dense() | {Stage("norm"): stage_cost(10), Stage("head"): stage_cost(50 * MB, 50 * MB)}
-    request = costs(stages, [10] * 8)
+    request = costs(stages, [10] * 8, height=16)
     plan = decide(request, Budgets(memory=20 * MB, device=0, disk=GB), hot=0)
     assert plan.feasible
     assert plan.schedule.streamed == {Stage("head")}
@@ -521,6 +521,35 @@ def test_a_run_is_known_by_the_shards_that_it_reads(checkpoint: Callable[[str], 
     shards = first.run().manifest["model"]["shards"]
     assert [folder / shard for shard in shards] == list(first.preflight().files)
     assert len(shards) < len(last.preflight().files)
+
+
+def test_verifying_makes_no_other_run_of_it(tmp_path: Path) -> None:
+    """Hugging Face reads the head beside the final norm, which is the run's last stage."""
+    request: dict[str, Any] = {"callbacks": [RawActivations(hook="final_norm")], "device": "cpu"}
+    folder, shown = hollow(tmp_path / "model", *llama(2), shards=21), []
+    for verify in (False, True):
+        sweep = Sweep(folder, DATA, verify=verify, **request)
+        found = identity.identity(sweep._request, sweep._prepared, sweep._callbacks)
+        shown.append((found["model"]["shards"], len(sweep.preflight().files)))
+    assert shown[0][0] == shown[1][0]
+    assert shown[0][1] < shown[1][1]
+
+
+def test_where_the_config_names_no_dtype_the_request_may(shards: Path, tmp_path: Path) -> None:
+    """Else the first tensor of all shards has to say it."""
+    folder = tmp_path / "some"
+    folder.mkdir()
+    for path in shards.iterdir():
+        if path.name < "model-00003":
+            (folder / path.name).symlink_to(path)
+    (folder / "model.safetensors.index.json").symlink_to(shards / "model.safetensors.index.json")
+    config = json.loads((shards / "config.json").read_text())
+    del config["torch_dtype"]
+    (folder / "config.json").write_text(json.dumps(config))
+    request: dict[str, Any] = {"callbacks": [RawActivations([1])], "device": "cpu"}
+    assert len(Sweep(folder, DATA, dtype="bfloat16", **request).preflight().files) == 3
+    with pytest.raises(ModelError, match=r"model-00003.safetensors is missing"):
+        Sweep(folder, DATA, **request).preflight()
 
 
 def test_what_is_there_past_the_last_layer_is_checked_all_the_same(shards: Path, tmp_path: Path) -> None:
