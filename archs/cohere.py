@@ -22,7 +22,7 @@ from . import llama
 from .batch import Batch
 from .contract import Keys, Shape, Tap, dense_hooks, layer_hooks, source
 from .llama import Head
-from .ops import ACTIVATIONS, attention, heads, mlp
+from .ops import ACTIVATIONS, attention, by_parts, heads, mlp
 from .rope import Rope, rotary, rotate_pairs
 
 # --- config ---------------------------------------------------------------------------------------------------------
@@ -90,10 +90,14 @@ class Layer:
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """LayerNorm over the last dimension without bias, in fp32 up to the one rounding at the end."""
-    exact = x.float()
-    centred = exact - exact.mean(-1, keepdim=True)
-    scaled = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps)
-    return (weight.float() * scaled).to(x.dtype)
+
+    def whole(x: Tensor) -> Tensor:
+        exact = x.float()
+        centred = exact - exact.mean(-1, keepdim=True)
+        scaled = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps)
+        return (weight.float() * scaled).to(x.dtype)
+
+    return by_parts(whole, x)
 
 
 def block(x: Tensor, w: Layer, c: Config, layer: int, batch: Batch, tap: Tap) -> Tensor:

@@ -21,7 +21,7 @@ from . import llama
 from .batch import Batch
 from .contract import ArchError, Keys, Tap, source
 from .llama import HARMLESS
-from .ops import ACTIVATIONS, attention, heads, layer_norm, mlp
+from .ops import ACTIVATIONS, attention, by_parts, heads, layer_norm, mlp
 from .rope import rotary, rotate
 
 # --- config ---------------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ class Norm:
 
 def norm(x: Tensor, c: Config) -> Tensor:
     """LayerNorm without weights, in fp32, rounded to the dtype of ``x [rows, width]``."""
-    return layer_norm(x.float(), None, None, c.eps).to(x.dtype)
+    return by_parts(lambda x: layer_norm(x.float(), None, None, c.eps).to(x.dtype), x)
 
 
 def block(x: Tensor, w: Layer, c: Config, layer: int, batch: Batch, tap: Tap) -> Tensor:

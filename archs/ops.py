@@ -24,19 +24,34 @@ W = TypeVar("W")
 # --- norms ----------------------------------------------------------------------------------------------------------
 
 
+PART = 1024
+"""Rows that a norm takes at once: what it computes in fp32 stays in the cache, and is no memory that is mapped anew."""
+
+
+def by_parts(norm: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``norm(x)`` for ``x [rows, ...]``, a few rows at a time: each is normalised for itself, so no bit changes."""
+    if len(x) <= PART:
+        return norm(x)
+    out = torch.empty_like(x)
+    for part, own in zip(torch.split(x, PART), torch.split(out, PART), strict=True):
+        own.copy_(norm(part))
+    return out
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm of the Llama kind: normalise in fp32, round to the dtype of ``x [rows, width]``, then scale."""
-    return F.rms_norm(x.float(), (x.shape[-1],), eps=eps).to(x.dtype).mul_(weight)
+    return by_parts(lambda x: F.rms_norm(x.float(), (x.shape[-1],), eps=eps).to(x.dtype).mul_(weight), x)
 
 
 def rms_norm_late(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm of the OLMo 2 kind: scaled in fp32 too, rounded once at the end."""
-    return (weight * F.rms_norm(x.float(), (x.shape[-1],), eps=eps)).to(x.dtype)
+    return by_parts(lambda x: (weight * F.rms_norm(x.float(), (x.shape[-1],), eps=eps)).to(x.dtype), x)
 
 
 def rms_norm_gemma(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm of the Gemma kind: as the late one, and the scale is ``1 + weight``."""
-    return (F.rms_norm(x.float(), (x.shape[-1],), eps=eps) * (1.0 + weight.float())).to(x.dtype)
+    scale = 1.0 + weight.float()
+    return by_parts(lambda x: (F.rms_norm(x.float(), (x.shape[-1],), eps=eps) * scale).to(x.dtype), x)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

@@ -16,6 +16,8 @@ import torch
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's `mallopt`."""
+LARGEST_KEPT = 2**25
+"""Bytes from which on glibc maps each block for itself and gives it back at once, however it is set."""
 
 
 def available_memory() -> int:
@@ -272,7 +274,7 @@ def kept_pages(most: int = 2**30) -> Iterator[None]:
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(MMAP_THRESHOLD, 2**25)  # the most that glibc takes; larger blocks are mapped one by one
+        libc.mallopt(MMAP_THRESHOLD, LARGEST_KEPT)
         libc.mallopt(TRIM_THRESHOLD, most)
     try:
         yield

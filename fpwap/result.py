@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from xxhash import xxh3_128, xxh3_128_digest, xxh3_128_hexdigest
 
-from .errors import RequestError, StoreError
+from .errors import RequestError, StoreError, reported
 from .profile import Profile
 from .store import (
     FORMAT,
@@ -31,7 +31,6 @@ from .store import (
     Tensors,
     layout,
     prompt_tensors,
-    reported,
     sealed,
     sync_folder,
 )

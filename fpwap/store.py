@@ -32,8 +32,7 @@ import torch
 from torch import Tensor
 from xxhash import xxh3_128, xxh3_128_digest, xxh3_128_hexdigest
 
-from .errors import CallbackError, StoreError
-from .errors import reported as reported
+from .errors import CallbackError, StoreError, reported
 
 if TYPE_CHECKING:
     from .callbacks.base import LayerArtifact, Site

@@ -290,6 +290,8 @@ class Sweep:
                     rows=rows,
                     dtype=plan.dtype,
                     device=device,
+                    check=stop.check,
+                    span=recorder.span,
                     moved=lambda size, seconds: recorder.count("weights", size, seconds),
                 )
                 opened.callback(weights.close)

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama import modeling_llama
 
 import archs
+from archs import ops
 from archs.batch import GRAIN, VECTOR, Attention, Batch, Group, fixed_height
 from archs.contract import READ_ONLY_HOOKS, ArchError, Keys, stored
 from archs.ops import ACTIVATIONS
@@ -57,6 +58,19 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm", [ops.rms_norm, ops.rms_norm_late, ops.rms_norm_gemma])
+def test_a_norm_by_parts_has_the_bits_of_a_whole_one(
+    norm: Callable[..., Tensor], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for shape in ((2 * ops.PART, 192), (ops.PART + 1, 576), (3 * ops.PART - 5, 7), (ops.PART + 9, 3, 64)):
+        x, weight = 3 * torch.randn(shape).to(dtype), 1 + torch.rand(shape[-1]).to(dtype)
+        parts = norm(x, weight, 1e-5)
+        with monkeypatch.context() as whole:
+            whole.setattr(ops, "PART", len(x))
+            assert torch.equal(parts, norm(x, weight, 1e-5))
 
 
 @pytest.mark.parametrize("name", CORE)
