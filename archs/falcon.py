@@ -36,6 +36,10 @@ from .rope import Rope, rotary, rotate
 # --- config ---------------------------------------------------------------------------------------------------------
 
 
+EXPLICIT = Sees(explicit=True)
+"""transformers hands sdpa a mask always, with biases or without."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Sizes of the model in the words of the maths below.
@@ -59,6 +63,7 @@ class Config:
     bias: bool
     tied: bool
     max_positions: int | None = None
+    sees: Sees = EXPLICIT
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
@@ -221,11 +226,8 @@ def attend(a: Tensor, w: Layer, c: Config, batch: Batch, tap: Tap) -> Tensor:
     if c.grouped:
         k, v = (x[:, :, None].expand(-1, -1, each, -1).flatten(1, 2) for x in (k, v))
     bias = biases(c, batch, a.dtype)
-    z = attention(q, k, v, batch, tap, c.head_dim**-0.5, sees=EXPLICIT, eager=probabilities, sdpa=sdpa, bias=bias)
+    z = attention(q, k, v, batch, tap, c.head_dim**-0.5, sees=c.sees, eager=probabilities, sdpa=sdpa, bias=bias)
     return tap("attn_out", linear(tap("z", z).flatten(1), w.o, w.o_bias, batch))
-
-
-EXPLICIT = Sees(explicit=True)
 
 
 def biases(c: Config, batch: Batch, dtype: torch.dtype) -> Callable[[Group], Tensor] | None:

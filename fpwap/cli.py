@@ -218,7 +218,9 @@ def _positions(value: str) -> str | list[int]:
 
 
 def _count_or_auto(value: str) -> str | int:
-    return value if value == "auto" else _integers(value, "'auto'")[0]
+    if value != "auto" and not re.fullmatch(r"\d+", value):
+        raise argparse.ArgumentTypeError(f"{value!r} is neither 'auto' nor a number of layers such as 4")
+    return value if value == "auto" else int(value)
 
 
 def _hooks(value: str) -> list[str]:

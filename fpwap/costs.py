@@ -26,8 +26,14 @@ Bound = Literal["matrix", "disk", "copy", "residual"]
 
 POOLED = 2**30
 """Bytes of per-prompt outputs that are assembled in memory, at most."""
-STAGINGS = 4
-"""Pinned buffers between disk and device."""
+STAGINGS, CPU_STAGINGS = 4, 2
+"""Buffers of a reader: pinned ones between disk and device, and those of the CPU's."""
+OUTBOX = 2**26
+"""Bytes of outputs on their way from a device: pinned, and as much there."""
+DIGESTS = 17
+"""Bytes that the store keeps of each prompt of an output while its file is open."""
+SPARE_FILES = 64
+"""Files that are open beside shards and outputs."""
 LANDING = 4
 """Slices of the residual stream on their way: two that are read ahead, two that are written behind."""
 LOGITS = 2
@@ -57,6 +63,7 @@ class StageCost:
     what it takes in a buffer, whole; own: the same without that part. mapped: what serves in a map of the file; copied,
     own_copied: what then still takes a buffer. expert: two experts, or two slices of the vocabulary, in memory.
     scratch, own_scratch, expert_scratch: a buffer of what is not read to where it will lie. states: callbacks' state.
+    pooled: outputs per prompt, which are best written as a whole; files: how many outputs there are.
     """
 
     stored: int
@@ -72,6 +79,8 @@ class StageCost:
     expert_scratch: int = 0
     maths: Maths = Maths()
     states: int = 0
+    pooled: int = 0
+    files: int = 0
 
     def held(self, *, mapped: bool, apart: bool) -> int:
         """Bytes of buffers. mapped: the file's own pages serve. apart: what may be streamed, is."""
@@ -90,9 +99,10 @@ class Costs:
     stages: up to the last wanted one, in the model's order. rows, wanted: int64 ``[microbatches]``, rows of each and
     rows of it whose logits are wanted. height: rows of a tile. width: of a row of the residual stream; vocabulary: of a
     row of logits. microbatch: tensors of the largest one, logits aside; logits: those that are made at once. routed:
-    tensors of a row of a chunk in a routed layer. tables: positions and rotary tables kept from layer to layer.
-    reference: Hugging Face's layer, under ``verify=True``. commits: layers that put something out. by_rows: only what
-    occurs of the embedding is read. on_device: whether an accelerator computes.
+    tensors of a row of a chunk in a routed layer. tables: positions, rotary tables, masks and scores, in every visit.
+    libraries: copies of operands that libraries of matrix products make. shards: files that are read. reference:
+    Hugging Face's layer, under ``verify=True``. commits: layers that put something out. by_rows: only what occurs of
+    the embedding is read. on_device: whether an accelerator computes.
     """
 
     stages: Mapping[Stage, StageCost]
@@ -111,6 +121,9 @@ class Costs:
     by_rows: bool
     on_device: bool
     tokens: int
+    prompts: int = 0
+    libraries: int = 0
+    shards: int = 0
 
     @property
     def residual(self) -> int:
@@ -121,11 +134,6 @@ class Costs:
     def largest(self) -> int:
         """Rows of the largest microbatch."""
         return int(self.rows.max())
-
-    @property
-    def states(self) -> int:
-        """Of all layers."""
-        return sum(cost.states for cost in self.stages.values())
 
     @property
     def mapped(self) -> int:
@@ -139,12 +147,15 @@ class Costs:
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """One way to do it. ring: stages in memory at once, held ones and those being read."""
+    """One way to do it. ring: stages in memory at once, held ones and those being read. pooled: bytes in which outputs
+    per prompt are put together; what is beyond is written row by row.
+    """
 
     loading: Loading
     tier: Tier
     ring: int
     schedule: Schedule
+    pooled: int = 0
 
     @property
     def one_visit(self) -> bool:
@@ -154,12 +165,15 @@ class Way:
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """Bytes by what they are for. mapped: pages of the checkpoint in the page cache, which the kernel may drop."""
+    """Bytes by what they are for. mapped: pages of the checkpoint in the page cache, which the kernel may drop. files:
+    that are open at once.
+    """
 
     memory: Mapping[str, int]
     device: Mapping[str, int]
     disk: Mapping[str, int]
     mapped: int
+    files: int = 0
 
     @property
     def totals(self) -> tuple[int, int, int]:
@@ -167,7 +181,7 @@ class Needs:
         return sum(self.memory.values()), sum(self.device.values()), sum(self.disk.values())
 
 
-WEIGHTS, RESIDUAL, STATES, MICROBATCH, OUTPUTS, REFERENCE, LANDINGS, STAGED = (
+WEIGHTS, RESIDUAL, STATES, MICROBATCH, OUTPUTS, REFERENCE, LANDINGS, STAGED, LIBRARIES, LEAVING = (
     "weights",
     "the residual stream",
     "callbacks' state",
@@ -176,6 +190,8 @@ WEIGHTS, RESIDUAL, STATES, MICROBATCH, OUTPUTS, REFERENCE, LANDINGS, STAGED = (
     "Hugging Face's layer",
     "slices of the residual stream on their way",
     "buffers of the reader",
+    "buffers of the libraries",
+    "outputs on their way",
 )
 """What memory is for."""
 
@@ -183,13 +199,15 @@ WEIGHTS, RESIDUAL, STATES, MICROBATCH, OUTPUTS, REFERENCE, LANDINGS, STAGED = (
 def needs(costs: Costs, way: Way, *, tensors: bool = True) -> Needs:
     """What a way takes. tensors: those of the largest visit too, which are what chunks are made to fit."""
     near: dict[str, int] = {WEIGHTS: _weights(costs, way), REFERENCE: costs.reference}
-    memory: dict[str, int] = {OUTPUTS: min(costs.outputs, POOLED)}
+    files = alive(costs, way, {stage: cost.files for stage, cost in costs.stages.items()})
+    memory: dict[str, int] = {OUTPUTS: way.pooled + DIGESTS * costs.prompts * files, LIBRARIES: costs.libraries}
     disk: dict[str, int] = {OUTPUTS: costs.outputs}
     if tensors:
         near[MICROBATCH] = _tensors(costs, way)
-    groups = way.schedule.groups
-    near[STATES] = max(sum(costs.stages[stage].states for stage in group) for group in groups)
-    memory[STAGED] = sum(STAGINGS * power_of_two(size) if costs.on_device else size for size in _buffers(costs, way))
+    near[STATES] = alive(costs, way, {stage: cost.states for stage, cost in costs.stages.items()})
+    for size in _buffers(costs, way):
+        staged = STAGINGS * power_of_two(size) if costs.on_device else CPU_STAGINGS * size
+        memory[STAGED] = memory.get(STAGED, 0) + staged
     if not way.one_visit:
         stream = costs.width * _longest(costs.rows, way.schedule.waves)
         passing = LANDING * costs.width * _slice(costs, way) if tensors else 0
@@ -206,11 +224,29 @@ def needs(costs: Costs, way: Way, *, tensors: bool = True) -> Needs:
                 if costs.on_device:
                     near[LANDINGS] = passing
     mapped = 0 if costs.on_device or way.loading == "stream" else costs.mapped
+    files += costs.shards + SPARE_FILES
     if costs.on_device:
-        return Needs(memory=memory, device=near, disk=disk, mapped=mapped)
+        memory[LEAVING] = near[LEAVING] = OUTBOX
+        return Needs(memory=memory, device=near, disk=disk, mapped=mapped, files=files)
     for name, size in near.items():
         memory[name] = memory.get(name, 0) + size
-    return Needs(memory=memory, device={}, disk=disk, mapped=mapped)
+    return Needs(memory=memory, device={}, disk=disk, mapped=mapped, files=files)
+
+
+def alive(costs: Costs, way: Way, of: Mapping[Stage, int]) -> int:
+    """What the stages that are under way at once have: a group's, or all, whose ends are in the last of several waves.
+
+    of: what each stage has.
+    """
+    schedule = way.schedule
+    if len(schedule.waves) > 1:
+        return sum(of.values())
+    return max(sum(of[stage] for stage in group) for group in schedule.groups)
+
+
+def worth_pooling(costs: Costs, way: Way) -> int:
+    """Bytes in which all outputs per prompt that are made at once could be put together."""
+    return min(POOLED, alive(costs, way, {stage: cost.pooled for stage, cost in costs.stages.items()}))
 
 
 def _weights(costs: Costs, way: Way) -> int:

@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -204,12 +205,15 @@ def _cached_pages(path: Path) -> tuple[int, int]:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    libc.mincore.argtypes = libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.POINTER(ctypes.c_ubyte)]
     held = seen = 0
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        size = os.fstat(fd).st_size
+        status = os.fstat(fd)
+        if status.st_uid != os.geteuid() and not os.access(path, os.W_OK, effective_ids=True):
+            raise PermissionError(f"{path} is another user's: of its pages the kernel says that all are there")
+        size = status.st_size
         for start in range(0, size, max(WINDOW, -(-size // WINDOWS // WINDOW) * WINDOW)):
             length = min(WINDOW, size - start)
             pages = (ctypes.c_ubyte * -(-length // mmap.PAGESIZE))()
@@ -252,6 +256,12 @@ def device_memory(device: torch.device) -> int:
         return available_memory()
     free, _ = torch.get_device_module(device).mem_get_info(device)
     return int(free)
+
+
+def most_files() -> int:
+    """Files that this process may have open, if it asks for as many as it may."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if hard == resource.RLIM_INFINITY else hard
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ allocates nothing. It is the only value that all parts share.
 """
 
 import html
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -36,6 +37,7 @@ from .costs import (
     head_sizes,
     needs,
     steps_up_to,
+    worth_pooling,
 )
 from .rates import Rates
 from .residual import Tier
@@ -51,17 +53,21 @@ KEPT_ROWS = 2**18
 HOT = 0.9
 """Share of a checkpoint that the page cache must hold for its pages to serve as they lie."""
 MAPS = "pages of the checkpoint in the page cache"
-AS_FAST = 1.01
-"""Times of ways between which the smaller memory decides."""
+AS_FAST, AS_SOON_S = 1.01, 0.02
+"""Times of ways, and seconds, between which the smaller memory decides."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budgets:
-    """Bytes that may be taken: of RAM, of the device's memory (on the CPU there is none of its own), of the disk."""
+    """Bytes that may be taken: of RAM, of the device's memory (on the CPU there is none of its own), of the disk.
+
+    files: how many may be open at once.
+    """
 
     memory: int
     device: int
     disk: int
+    files: int = sys.maxsize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,12 +125,16 @@ class Known:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Known):
-    """A sweep, decided. ``blockers`` is empty if it can run; each names the number to change."""
+    """A sweep, decided. ``blockers`` is empty if it can run; each names the number to change.
+
+    pooled_bytes: in which the store may put outputs per prompt together.
+    """
 
     loading: Loading
     ring: int
     schedule: Schedule
     tier: Tier
+    pooled_bytes: int
     costs: Costs = field(repr=False)
     needs: Needs
     times: Times
@@ -328,7 +338,8 @@ class Plan(Known):
             return "nowhere: a microbatch goes through all stages in one visit"
         waves = len(self.schedule.waves)
         most = self.residual_rows * self.costs.width
-        return f"{size(most)} in {self.tier}" + (f", a wave's; {size(self.costs.residual)} in all" if waves > 1 else "")
+        place = {"device": "on the device", "ram": "in RAM", "disk": "on disk"}[self.tier]
+        return f"{size(most)} {place}" + (f", a wave's; {size(self.costs.residual)} in all" if waves > 1 else "")
 
     def _memory(self) -> str:
         return f"{size(self.memory_bytes)} of {size(self.memory_free)} that may be taken"
@@ -361,7 +372,7 @@ def make_plan(known: Known, costs: Costs, rates: Rates, budgets: Budgets, wanted
     if fitting:
         fastest = min(times.total for *_, times in fitting)
         way, need, times = min(
-            (one for one in fitting if one[2].total <= AS_FAST * fastest),
+            (one for one in fitting if one[2].total <= AS_FAST * fastest + AS_SOON_S),
             key=lambda one: (*_preference(one[0], one[1]), one[2].total),
         )
     else:
@@ -371,7 +382,7 @@ def make_plan(known: Known, costs: Costs, rates: Rates, budgets: Budgets, wanted
             key=lambda one: (sum(one[2]), *_preference(one[0], one[1])),
         )
         times = pace.times(way)
-        blockers = tuple(_blockers(need, lack, budgets, wanted))
+        blockers = tuple(_blockers(way, need, lack, budgets, wanted))
     shown = {name: getattr(known, name) for name in Known.__dataclass_fields__}
     shown["warnings"] = (*known.warnings, *_warnings(costs, way, times, budgets))
     return Plan(
@@ -380,6 +391,7 @@ def make_plan(known: Known, costs: Costs, rates: Rates, budgets: Budgets, wanted
         ring=way.ring,
         schedule=way.schedule,
         tier=way.tier,
+        pooled_bytes=way.pooled,
         costs=costs,
         needs=need,
         times=times,
@@ -419,16 +431,28 @@ class _Search:
             return [self._wanted.loading]
         return ["resident", "stream"] if self._costs.on_device or self._hot >= HOT else ["stream"]
 
-    def lacks(self, way: Way, need: Needs) -> tuple[int, int, int]:
-        """Bytes of RAM, device and disk by which a way goes beyond its budgets."""
-        memory, device, disk = need.totals
-        budgets = self._budgets
+    def lacks(self, way: Way, need: Needs) -> tuple[int, int, int, int]:
+        """Bytes of RAM, device and disk, and open files, by which a way goes beyond its budgets."""
+        _, device, disk = need.totals
+        beyond = self._memory(way, need), device, disk, need.files
+        most = self._budgets.memory, self._budgets.device, self._budgets.disk, self._budgets.files
+        memory, device, disk, files = (max(0, taken - may) for taken, may in zip(beyond, most, strict=True))
+        return memory, device, disk, files
+
+    def _memory(self, way: Way, need: Needs) -> int:
+        """Bytes of RAM, and of maps that have to stay there."""
+        memory = need.totals[0]
         if need.mapped and self._wanted.loading is None:
-            memory += need.mapped  # nobody asked for maps that the page cache cannot hold
-        elif need.mapped:
+            return memory + need.mapped  # nobody asked for maps that the page cache cannot hold
+        if need.mapped:
             experts = [c.experts for s, c in self._costs.stages.items() if s not in way.schedule.streamed]
-            memory += 2 * max(experts, default=0)
-        return max(0, memory - budgets.memory), max(0, device - budgets.device), max(0, disk - budgets.disk)
+            return memory + 2 * max(experts, default=0)
+        return memory
+
+    def _pooled(self, way: Way) -> Way:
+        """With outputs put together in what memory is left."""
+        left = self._budgets.memory - self._memory(way, needs(self._costs, way))
+        return replace(way, pooled=max(0, min(left, worth_pooling(self._costs, way))))
 
     def ways(self) -> Iterator[tuple[Way, Needs]]:
         for loading in self._loadings:
@@ -481,10 +505,10 @@ class _Search:
             loading=loading, tier=tier, ring=ring, schedule=Schedule(groups, self._cut(counts[-1]), (), streamed)
         )
         if any(self.lacks(smallest, needs(self._costs, smallest, tensors=False))):
-            counts = counts[-1:]  # nothing helps; that is how much is lacking
+            counts = sorted({1, counts[-1]})  # several waves have less of the stream, and the states of all layers
         for count in counts:
             schedule = Schedule(groups, self._cut(count), (), streamed)
-            way = self._chunked(Way(loading=loading, tier=tier, ring=ring, schedule=schedule))
+            way = self._pooled(self._chunked(Way(loading=loading, tier=tier, ring=ring, schedule=schedule)))
             need = needs(self._costs, way)
             yield way, need
             if not streamed and not any(self.lacks(way, need)):
@@ -532,17 +556,11 @@ def _warnings(costs: Costs, way: Way, times: Times, budgets: Budgets) -> Iterato
         )
 
 
-def _blockers(need: Needs, lack: tuple[int, int, int], budgets: Budgets, wanted: Wanted) -> Iterator[str]:
-    """What does not fit, each with the number to change. lack: of RAM, device and disk."""
-    advice = {
-        WEIGHTS: "lower layers_per_visit" if wanted.size is None or wanted.size > 1 else "it is one layer already",
-        RESIDUAL: "residual='disk' moves it out",
-        STATES: "fewer layers at a time, or fewer components",
-        MICROBATCH: "lower the microbatch's size",
-        OUTPUTS: "capture fewer layers or positions",
-        REFERENCE: "leave verify=True out",
-        MAPS: "loading='stream' does without",
-    }
+def _blockers(
+    way: Way, need: Needs, lack: tuple[int, int, int, int], budgets: Budgets, wanted: Wanted
+) -> Iterator[str]:
+    """What does not fit, each with the number to change. lack: of RAM, device, disk and open files."""
+    advice = _advice(way, need, wanted)
     maps = {MAPS: budgets.memory + lack[0] - need.totals[0]}  # what of them has to stay in the page cache
     for what, terms, short, free, argument in (
         ("RAM", {**need.memory, **maps}, lack[0], budgets.memory, "memory"),
@@ -553,13 +571,52 @@ def _blockers(need: Needs, lack: tuple[int, int, int], budgets: Budgets, wanted:
             term = max(terms, key=lambda name: terms[name])
             yield (
                 f"{size(taken)} of {what} are needed and {size(free)} may be taken ({argument}=); most of it is {term} "
-                f"({size(terms[term])}): {advice.get(term, 'lower the size of the microbatch')}"
+                f"({size(terms[term])}): {advice.get(term, SMALLER)}"
             )
     if lack[2]:
+        nearer = ", leave residual='disk' out" if wanted.tier == "disk" and RESIDUAL in need.disk else ""
         yield (
             f"{size(budgets.disk + lack[2])} of disk are needed and {size(budgets.disk)} may be taken: free "
-            f"{size(lack[2])}, choose another out=, or capture fewer layers or positions"
+            f"{size(lack[2])}{nearer}, choose another out=, or capture fewer layers or positions"
         )
+    if lack[3]:
+        fewer = "lower layers_per_visit" if _larger_than_one(wanted) else "capture fewer layers or hooks"
+        yield (
+            f"{need.files:,} files are open at once, outputs and shards, and {budgets.files:,} may be (ulimit -Hn): "
+            f"{fewer}, or raise the limit"
+        )
+
+
+SMALLER = "lower the size of the microbatch"
+
+
+def _larger_than_one(wanted: Wanted) -> bool:
+    """Whether more layers were asked for in a visit than there must be."""
+    return wanted.size is not None and wanted.size > 1
+
+
+def _advice(way: Way, need: Needs, wanted: Wanted) -> dict[str, str]:
+    """What would make each term smaller; nothing that was tried, or that was asked for."""
+    if wanted.loading == "resident":
+        weights = "loading='stream' holds a few layers at a time"
+    elif _larger_than_one(wanted):
+        weights = "lower layers_per_visit"
+    else:
+        weights = "it is as few at a time as can be, and takes more memory or a smaller model"
+    if wanted.tier not in (None, "disk"):
+        residual = "residual='disk' moves it out"
+    else:
+        residual = "more free disk would take it" if way.tier != "disk" else "fewer prompts at a time"
+    fewer = "lower layers_per_visit" if _larger_than_one(wanted) else "fewer layers in a run, or fewer components"
+    return {
+        WEIGHTS: weights,
+        RESIDUAL: residual,
+        STATES: fewer,
+        MICROBATCH: f"{SMALLER}, or shorten the longest prompts",
+        OUTPUTS: "capture fewer layers or positions",
+        REFERENCE: "leave verify=True out",
+        MAPS: "loading='stream' does without",
+    }
 
 
 def tile_heights(device: torch.device, widths: tuple[int, ...]) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 import archs
 from archs.batch import Attention
 from archs.contract import ArchError, Family
+from archs.ops import ALL, Sees
 
 from . import hub, machine, rates
 from .callbacks.base import Callback, Declared, Site
@@ -58,6 +59,8 @@ AT_ONCE = 16
 """Headers that are asked of the hub at once."""
 COLD = 0.1
 """Share of a checkpoint in the page cache up to which reading it says how fast the disk is."""
+LIBRARY = 2**26
+"""Bytes that libraries of matrix products keep for themselves, at most."""
 COMPUTED = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes that the families are proved in."""
 
@@ -207,6 +210,8 @@ def prepare(
         have = " and ".join(implementations)
         raise RequestError(f"attn_implementation {attention!r} is not one of {family.name}'s: it has {have}")
     device = to_device(request.device)
+    if device.type == "cpu" and request.device_memory is not None:
+        raise RequestError("device_memory is an accelerator's; on the CPU there is memory= alone")
     prompts = ingest(
         vocab=config.vocab,
         seq_len=request.seq_len,
@@ -226,7 +231,9 @@ def prepare(
     height = sparse_height = None
     if request.batching == "packed":
         height, sparse_height = tile_heights(device, tuple(getattr(config, word) for word in family.activations))
-    microbatch_tokens = request.microbatch_tokens or _microbatch(height or 0, config.hidden * dtype.itemsize, device)
+    microbatch_tokens = request.microbatch_tokens or _microbatch(
+        height or 0, int(prompts.lengths.max()), config.hidden * dtype.itemsize, device
+    )
     table = arrange(
         prompts,
         batching=request.batching,
@@ -271,6 +278,7 @@ def prepare(
         memory=min(machine.available_memory(), request.memory or sys.maxsize),
         device=0 if on_cpu else min(machine.device_memory(device), request.device_memory or sys.maxsize),
         disk=min(machine.free_disk(out or Path(tempfile.gettempdir())), request.disk or sys.maxsize),
+        files=machine.most_files(),
     )
     plan = make_plan(known, costs, rates.load(device), budgets, _wished(request, device))
     return Prepared(
@@ -304,9 +312,10 @@ def learn(plan: Plan, profile: Profile) -> None:
     taken = profile.by_phase()
     cold = plan.loading == "stream" and plan.hot < COLD  # else it may have been the page cache's rate
     dtype = str(plan.dtype).removeprefix("torch.")
+    apart = bool(plan.schedule.streamed)  # the maths waits for each expert and each slice of the head
     products = sum(products_s(cost.maths, plan.rates, dtype) for cost in plan.costs.stages.values())
     samples = rates.Samples(
-        forward_s=(profile.on_device() or taken)["forward"],
+        forward_s=0.0 if apart else (profile.on_device() or taken)["forward"],
         predicted_products_s=products,
         predicted_beside_s=plan.phases["forward"] - products,
         read=profile.bytes_moved().get("weights", 0) if cold else 0,
@@ -326,15 +335,18 @@ def _wished(request: Request, device: torch.device) -> Wanted:
     )
 
 
-def _microbatch(height: int, row: int, device: torch.device) -> int:
-    """Tokens of a packed microbatch by default; row: bytes of the residual stream.
+def _microbatch(height: int, longest: int, row: int, device: torch.device) -> int:
+    """Tokens of a packed microbatch by default: whole tiles. longest: of all prompts; row: bytes of the residual
+    stream.
 
-    On the CPU its tensors stay below what the allocator maps anew at every operation.
+    On the CPU as few as fill well with prompts of this length, for memory's sake, and no more than keep its tensors
+    below what the allocator maps anew at every operation.
     """
-    most = MICROBATCH_HEIGHTS
+    tiles = MICROBATCH_HEIGHTS
     if device.type == "cpu" and height:
-        most = max(1, min(most, (machine.LARGEST_KEPT - 1) // (height * row)))
-    return most * height
+        tiles = min(tiles, -(-MICROBATCH_HEIGHTS * longest // height))
+        tiles = max(1, min(tiles, (machine.LARGEST_KEPT - 1) // (height * row)))
+    return tiles * height
 
 
 def stored_dtype(model: Model, checkpoint: Checkpoint) -> torch.dtype:
@@ -400,18 +412,22 @@ def _read_stages(stages: Sequence[Stage], *, verify: bool) -> list[Stage]:
 
 @dataclass(frozen=True)
 class _Put:
-    """What callbacks put out and hold: bytes of outputs, bytes of state by stage, layers that put something out."""
+    """What callbacks put out and hold: bytes of outputs, layers that put something out, and by stage bytes of state, of
+    outputs per prompt, and how many outputs there are.
+    """
 
     outputs: int
-    states: Mapping[Stage, int]
     commits: int
+    states: Mapping[Stage, int]
+    pooled: Mapping[Stage, int]
+    files: Mapping[Stage, int]
 
 
 def _put_out(callbacks: Sequence[Callback], targets: Targets, context: SweepContext) -> _Put:
     """Raises `RequestError` from callbacks that cannot work so."""
     outputs = 0
     names: set[str] = set()
-    states: Counter[Stage] = Counter()  # of a layer's callbacks, until the layer ends
+    states, pooled, files = (Counter[Stage]() for _ in range(3))  # of a layer's callbacks, until the layer ends
     for callback, own in zip(callbacks, targets.bound, strict=True):
         declared = callback.declare(context)
         for layer, hook in own:
@@ -420,8 +436,13 @@ def _put_out(callbacks: Sequence[Callback], targets: Targets, context: SweepCont
                 out = declared[hook]
                 _check_name(callback, (layer, hook), out, names)
                 count = context.n_prompts if out.per == "prompt" else context.total_tokens
-                outputs += count * math.prod(out.rest) * out.dtype.itemsize
-    return _Put(outputs, states, len({layer for own in targets.bound for layer, _ in own}))
+                taken = count * math.prod(out.rest) * out.dtype.itemsize
+                outputs += taken
+                files[stage_of((layer, hook))] += 1
+                if out.per == "prompt":
+                    pooled[stage_of((layer, hook))] += taken
+    commits = len({layer for own in targets.bound for layer, _ in own})
+    return _Put(outputs=outputs, commits=commits, states=states, pooled=pooled, files=files)
 
 
 def _costs(
@@ -445,6 +466,7 @@ def _costs(
     rows = np.array([batch.rows.stop - batch.rows.start for batch in table.microbatches], dtype=np.int64)
     wanted = _wanted_rows(callbacks, targets, table) if Stage("head") in stages else np.zeros_like(rows)
     logits = int(wanted.max()) if height is None else height
+    sights = _sights(config)
     masked = max(group.length if group.mask is not None else 0 for part in table.microbatches for group in part.groups)
     routed = [stage for stage in layers if layout[stage].experts]
     whole = max((layout[stage].elements * itemsize for stage in stages), default=0)
@@ -454,26 +476,45 @@ def _costs(
     work = _Work(context, table, rows, wanted, height, verify)
     kept = table.rows if height is not None and table.rows <= KEPT_ROWS else most
     turns = max((at["q"][-1] for at in hooks.values()), default=0)
+    ropes = len(set(getattr(config, "ropes", (None,))))  # different ones in different layers
+    patterns = any(hook == "attn_pattern" for own in targets.bound for _, hook in own)
+    uneven = any(at["q"][-1] != at["v"][-1] for at in hooks.values())
     return Costs(
-        stages=_stages(layout, stages, work, put.states),
+        stages=_stages(layout, stages, work, put),
         rows=rows,
         wanted=wanted,
         height=height,
         width=config.hidden * itemsize,
         vocabulary=config.vocab * itemsize if Stage("head") in stages else 0,
         microbatch=filled * (6 * config.hidden + 3 * max(shown, default=config.hidden)) * itemsize
-        + (2 * (height or filled) * config.hidden * torch.float32.itemsize if work.wide > 1 else 0)
-        + _scores(table, heads, itemsize, eager=eager, packed=height is not None),
+        + (2 * (height or filled) * config.hidden * torch.float32.itemsize if work.wide > 1 else 0),
         logits=logits * config.vocab * itemsize * LOGITS if Stage("head") in stages else 0,
         routed=max((_routed_row(context, stage, masked) for stage in routed), default=0),
-        tables=kept * (2 * torch.int64.itemsize + 2 * turns * itemsize),
+        tables=kept * (2 * torch.int64.itemsize + 2 * ropes * turns * torch.float32.itemsize)
+        + _scores(
+            table, sights, heads, itemsize, eager=eager, patterns=patterns, uneven=uneven, packed=height is not None
+        ),
         outputs=put.outputs,
         commits=put.commits,
         by_rows=work.used is not None,
         reference=whole if verify else 0,
         on_device=context.device.type != "cpu",
         tokens=context.total_tokens,
+        prompts=context.n_prompts,
+        libraries=_libraries(layout, stages, itemsize),
+        shards=len(layout.shards(stages)),
     )
+
+
+def _libraries(layout: Layout, stages: Sequence[Stage], itemsize: int) -> int:
+    """Bytes that libraries of matrix products keep for themselves: a copy of the largest matrix, or less."""
+    most = 0
+    for stage in stages:
+        parcel = layout[stage]
+        first = (slot for parcels in parcel.experts.values() for slot in parcels[0].slots)
+        slots = (*parcel.fields.values(), *first) if stage.kind != "embed" else ()
+        most = max([most, *(math.prod(slot.shape[-2:]) * itemsize for slot in slots if len(slot.shape) > 1)])
+    return min(LIBRARY, most)
 
 
 def _wanted_rows(callbacks: Sequence[Callback], targets: Targets, table: TokenTable) -> NDArray[np.int64]:
@@ -488,15 +529,53 @@ def _wanted_rows(callbacks: Sequence[Callback], targets: Targets, table: TokenTa
     return np.array(found, dtype=np.int64)
 
 
-def _scores(table: TokenTable, heads: int, itemsize: int, *, eager: bool, packed: bool) -> int:
-    """Bytes of attention scores and masks that exist at once: eager keeps them, in fp32 and in the model's dtype."""
+def _sights(config: Any) -> frozenset[Sees]:
+    """What the layers' queries may see."""
+    found = getattr(config, "sees", ALL)
+    return frozenset([found] if isinstance(found, Sees) else found)
+
+
+def _scores(
+    table: TokenTable,
+    sights: frozenset[Sees],
+    heads: int,
+    itemsize: int,
+    *,
+    eager: bool,
+    patterns: bool,
+    uneven: bool,
+    packed: bool,
+) -> int:
+    """Bytes of attention masks and scores that exist at once.
+
+    Masks without padding are corners of squares of a power of two, one for each sight, which stay; others stay as long
+    as their microbatch. sdpa makes numbers of a mask that is true and false. eager and ``patterns`` keep scores, in
+    fp32 and in the model's dtype; so does sdpa itself where a value is not as wide as a key (``uneven``).
+    """
+    wide, own = torch.float32.itemsize, max((1 if eager else 0) * itemsize, 4 if patterns else 0)
+    squares: dict[tuple[int, Sees], int] = {}
     most = 0
     for batch in table.microbatches:
+        masks = scores = 0
         for group in batch.groups:
+            length, side = group.length, 1 << (group.length - 1).bit_length()
             prompts = 1 if packed else group.prompts
-            masks = prompts * group.length**2 * (1 + itemsize) if group.mask is not None or eager else 0
-            most = max(most, masks + (prompts * heads * group.length**2 * (itemsize + 8) if eager else 0))
-    return most
+            seen = [s for s in sights if eager or group.mask is not None or not s.all_of(length)]
+            squares |= {(side, sees): side**2 * (1 + own) for sees in seen}
+            if seen and group.mask is not None:
+                masks += prompts * length**2 * (len(seen) * (1 + own) + 3)
+            making = max(2 * side**2, prompts * length**2 * (heads if _explicit(sights) else 1) * itemsize)
+            terms = itemsize + 2 * wide if eager else 0
+            terms = max(terms, 3 * wide if patterns or uneven else 0)
+            shown = 2 * group.prompts * heads * length**2 * max(itemsize, wide * patterns) if patterns else 0
+            scores = max(scores, (making if seen else 0) + prompts * heads * length**2 * terms + shown)
+        most = max(most, masks + scores)
+    return sum(squares.values()) + most
+
+
+def _explicit(sights: frozenset[Sees]) -> bool:
+    """Whether sdpa's mask may hold a bias for each head."""
+    return any(sees.explicit for sees in sights)
 
 
 @dataclass(frozen=True)
@@ -548,9 +627,7 @@ class _Work:
         )
 
 
-def _stages(
-    layout: Layout, stages: Sequence[Stage], work: _Work, states: Mapping[Stage, int]
-) -> dict[Stage, StageCost]:
+def _stages(layout: Layout, stages: Sequence[Stage], work: _Work, put: _Put) -> dict[Stage, StageCost]:
     """Each stage's weights and maths. Layers that look alike are looked at once: there may be thousands of experts."""
     known: dict[Any, StageCost] = {}
     found = {}
@@ -559,7 +636,8 @@ def _stages(
         key = stage.kind, _signature(layout[stage]), tuple(hooks.items())
         if key not in known:
             known[key] = _stage(layout[stage], stage, work)
-        found[stage] = replace(known[key], states=states.get(stage, 0))
+        held = {name: getattr(put, name).get(stage, 0) for name in ("states", "pooled", "files")}
+        found[stage] = replace(known[key], **held)
     return found
 
 

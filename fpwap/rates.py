@@ -82,13 +82,9 @@ class Rates:
             factor = self._drawn(f"matrix.{dtype}", samples.predicted_products_s / products_s)
             for name in ("matrix", "attention"):
                 found[name] = factor * getattr(self, name)[dtype]
-        for name, moved, seconds in (
-            ("disk_read", samples.read, samples.read_s),
-            ("disk_write", samples.written, samples.written_s),
-        ):
-            if moved >= ENOUGH_BYTES and seconds >= ENOUGH_S / 10:
-                before = getattr(self, name)
-                found[name] = before * self._drawn(name, moved / seconds / before)
+        if samples.read >= ENOUGH_BYTES and samples.read_s >= ENOUGH_S / 10:
+            factor = self._drawn("disk_read", samples.read / samples.read_s / self.disk_read)
+            found["disk_read"] = factor * self.disk_read
         return self.measured(dtype, today, **found) if found else self
 
     def _drawn(self, name: str, factor: float) -> float:
@@ -109,8 +105,6 @@ class Samples:
     predicted_beside_s: float = 0.0
     read: int = 0
     read_s: float = 0.0
-    written: int = 0
-    written_s: float = 0.0
 
 
 def conservative(device: torch.device) -> Rates:

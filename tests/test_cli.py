@@ -192,7 +192,7 @@ def test_calibration_is_kept_for_the_next_plan(
     assert capsys.readouterr().out.splitlines()[-2] == measured.splitlines()[-2]
 
 
-@pytest.mark.parametrize("value", ["0", "many", "1.5"])
+@pytest.mark.parametrize("value", ["0", "many", "1.5", "2,3"])
 def test_layers_per_visit_are_a_number_or_auto(
     value: str, model: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -43,7 +43,8 @@ def budget(plan: Plan, folder: Path) -> int:
     costs = plan.costs
     cost = costs.stages[Stage("layer", 0)]
     memory = 2 * cost.own + cost.expert + 1100 * costs.routed + costs.residual + costs.tables + costs.outputs
-    memory += costs.stages[Stage("embed")].memory + costs.logits + cost.own_scratch + cost.expert_scratch
+    memory += costs.stages[Stage("embed")].memory + costs.logits + costs.libraries
+    memory += 2 * (cost.own_scratch + cost.expert_scratch)
     parcel = layout(folder)[Stage("layer", 0)]
     assert memory < 2 * (parcel.size - parcel.own_size)
     return memory

@@ -159,6 +159,18 @@ def test_hot_files_are_told_from_cold_ones(tmp_path: Path) -> None:
     assert machine.hot([tmp_path / "empty"]) == 0
 
 
+def test_of_another_users_pages_nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel says of files that one neither owns nor may write that all pages are there."""
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(2**20))
+    own = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: own + 1)
+    monkeypatch.setattr(os, "access", lambda *asked, **more: False)
+    assert machine.hot([path]) == 0
+    monkeypatch.setattr(os, "access", lambda *asked, **more: True)
+    assert machine.hot([path]) == 1
+
+
 def test_windows_begin_at_pages() -> None:
     assert machine.WINDOW % mmap.PAGESIZE == 0
 
@@ -244,7 +256,7 @@ def scaled(found: Rates, before: Rates) -> set[str]:
 def test_a_run_corrects_what_it_has_seen_long_enough() -> None:
     before, today = rates.conservative(CPU), date(2026, 5, 6)
     assert before.corrected("float32", today, Samples()) is before
-    short = Samples(forward_s=0.9, predicted_products_s=5, read=2**20, read_s=5, written=2**30, written_s=0.01)
+    short = Samples(forward_s=0.9, predicted_products_s=5, read=2**20, read_s=5)
     assert before.corrected("float32", today, short) is before
 
     slower = before.corrected("float32", today, Samples(forward_s=7, predicted_products_s=3, predicted_beside_s=1))
