@@ -224,7 +224,8 @@ def prepare(
         check_positions(callback, prompts.lengths)
 
     stages = _wanted_stages(targets, config)
-    checkpoint, layout = survey(model, _read_stages(stages, verify=request.verify), request.dtype)
+    with machine.uncollected():
+        checkpoint, layout = survey(model, _read_stages(stages, verify=request.verify), request.dtype)
     if stage_of(targets.last).kind == "head" and Stage("head") not in layout:
         raise RequestError(f"{request.model} has no {family.head} and ties no weights: it has no logits")
     dtype = request.dtype or stored_dtype(model, checkpoint)
@@ -271,16 +272,18 @@ def prepare(
         warnings=(*targets.warnings, *_beyond_training(model, prompts)),
     )
     eager = attention == "eager" or any(hook == "attn_pattern" for own in targets.bound for _, hook in own)
-    costs = _costs(
-        layout, stages, callbacks, targets, context, table, height=height, eager=eager, verify=request.verify
-    )
+    with machine.uncollected():
+        costs = _costs(
+            layout, stages, callbacks, targets, context, table, height=height, eager=eager, verify=request.verify
+        )
     budgets = Budgets(
         memory=min(machine.available_memory(), request.memory or sys.maxsize),
         device=0 if on_cpu else min(machine.device_memory(device), request.device_memory or sys.maxsize),
         disk=min(machine.free_disk(out or Path(tempfile.gettempdir())), request.disk or sys.maxsize),
         files=machine.most_files(),
     )
-    plan = make_plan(known, costs, rates.load(device), budgets, _wished(request, device))
+    with machine.uncollected():
+        plan = make_plan(known, costs, rates.load(device), budgets, _wished(request, device))
     return Prepared(
         model=model,
         checkpoint=checkpoint,

@@ -1,6 +1,8 @@
 """What the machine has: control groups of both versions on invented trees, pages in memory, rates in their file."""
 
+import contextlib
 import dataclasses
+import gc
 import json
 import mmap
 import os
@@ -169,6 +171,21 @@ def test_of_another_users_pages_nothing_is_known(tmp_path: Path, monkeypatch: py
     assert machine.hot([path]) == 0
     monkeypatch.setattr(os, "access", lambda *asked, **more: True)
     assert machine.hot([path]) == 1
+
+
+def test_nothing_is_collected_meanwhile_and_all_is_as_before() -> None:
+    assert gc.isenabled()
+    with contextlib.suppress(KeyError), machine.uncollected():
+        assert not gc.isenabled()
+        raise KeyError
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with machine.uncollected():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_windows_begin_at_pages() -> None:
