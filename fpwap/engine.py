@@ -92,7 +92,8 @@ def _visit(parts: Parts, step: Step, microbatch: Microbatch, following: Step | N
 
     with recorder.span("residual", stages[0].label):
         batch = _batch(parts, step.microbatches, microbatch)
-        x = torch.zeros(len(batch.ids), parts.config.hidden, dtype=plan.dtype, device=plan.device)
+        x = torch.empty(len(batch.ids), parts.config.hidden, dtype=plan.dtype, device=plan.device)
+        x[batch.tokens :] = 0
         if stages[0].kind != "embed":
             real = x[: batch.tokens]
             parts.residual.read(within_wave(microbatch.rows), real)

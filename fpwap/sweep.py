@@ -267,7 +267,7 @@ class Sweep:
                 meter = Meter(device.torch, folder)
                 if journal.claim(folder, own) == "finished":  # by another process, since `run` looked
                     return
-                store = Store.open(folder, ready.prompts.lengths)
+                store = Store.open(folder, ready.prompts.lengths, ram=plan.pooled_bytes)
                 opened.callback(store.close)
 
                 def write(record: Record, values: Tensor, sample_ids: Tensor) -> None:
