@@ -45,8 +45,8 @@ def callbacks(folder: Path) -> list[Callback]:
     ]
 
 
-def sweep(folder: Path, **request: Any) -> Result:
-    return run(folder, dataset(), *callbacks(folder), **{"dtype": "float32", **STEP, **request})
+def sweep(folder: Path, some: slice = slice(None), **request: Any) -> Result:
+    return run(folder, dataset(), *callbacks(folder)[some], **{"dtype": "float32", **STEP, **request})
 
 
 def content(result: Result) -> dict[str, bytes]:
@@ -134,22 +134,42 @@ def test_the_head_is_whole_where_bits_depend_on_its_rows(checkpoint: Checkpoint)
     assert Stage("head") not in plan.schedule.streamed
 
 
-def test_waves_leave_the_same_bytes(expected: Callable[[str], dict[str, bytes]], checkpoint: Checkpoint) -> None:
+@pytest.mark.parametrize("model", MODELS)
+def test_waves_leave_the_same_bytes(model: str, checkpoint: Checkpoint) -> None:
     """A budget in which the residual stream of a part of the dataset fits, on no tier all of it."""
-    folder = checkpoint("llama")
+    folder, raw = checkpoint(model), slice(2)  # statistics of all layers, which waves keep, take more than the stream
     wish: dict[str, Any] = {"dtype": "float32", "loading": "stream", "residual": "ram", "layers_per_visit": 1, **STEP}
 
     def plan(memory: int | None = None) -> Plan:
-        return Sweep(folder, dataset(), callbacks=callbacks(folder), memory=memory, **wish).preflight()
+        return Sweep(folder, dataset(), callbacks=callbacks(folder)[raw], memory=memory, **wish).preflight()
 
     most = plan().memory_bytes
     tried = ((memory, plan(memory)) for memory in range(most, 0, -(1 << 12)))
     memory, made = next((memory, made) for memory, made in tried if len(made.schedule.waves) > 1 or not made.feasible)
     assert made.feasible
-    whole, parts = sweep(folder, **wish), sweep(folder, memory=memory, **wish)
-    assert content(whole) == content(parts) == expected("llama")
+    whole, parts = sweep(folder, raw, **wish), sweep(folder, raw, memory=memory, **wish)
+    assert content(whole) == content(parts)
     again = len(made.schedule.waves)
     assert parts.profile.bytes_moved()["weights"] > 0.9 * again * whole.profile.bytes_moved()["weights"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_statistics_go_on_from_wave_to_wave(
+    model: str,
+    expected: Callable[[str], dict[str, bytes]],
+    checkpoint: Checkpoint,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every callback, three waves, one layer at a time."""
+
+    def in_waves(*given: Any) -> Plan:
+        plan = make_plan(*given)
+        groups = group_stages(range(plan.layers), norm=True, head=True, size=1)
+        waves = range(1), range(1, 3), range(3, len(plan.costs.rows))
+        return replace(plan, schedule=Schedule(groups, waves), loading="stream", ring=3, tier="ram")
+
+    monkeypatch.setattr("fpwap.prepare.make_plan", in_waves)
+    assert content(sweep(checkpoint(model))) == expected(model)
 
 
 def test_the_device_of_a_run_is_opened_by_its_name() -> None:

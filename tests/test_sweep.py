@@ -281,13 +281,23 @@ def test_a_missing_shard_is_named(folder: Path, tmp_path: Path) -> None:
 def test_a_shard_that_shrinks_after_preflight_is_an_error(
     dtype: str, checkpoint: Checkpoint, tmp_path: Path, device: str
 ) -> None:
-    """Mapped or read: a map beyond the end of a file would kill the interpreter."""
-    folder = shutil.copytree(checkpoint("llama"), tmp_path / "model")
-    sweep = Sweep(folder, DATA, callbacks=[Keep()], dtype=dtype, device=device, progress=False)
-    sweep.preflight()
-    os.truncate(folder / "model.safetensors", 30_000)
-    with pytest.raises(ModelError, match=r"model\.safetensors was truncated while it was read: .* is cut off"):
-        sweep.run()
+    """Mapped or read, before a run or within: a map beyond the end of a file would kill the interpreter."""
+    for begun in (False, True):
+        folder = shutil.copytree(checkpoint("llama"), tmp_path / f"model {begun}")
+
+        class Shrinks(Keep):
+            def on_sweep_start(self, ctx: object, begun: bool = begun, folder: Path = folder) -> None:
+                super().on_sweep_start(ctx)
+                if begun:
+                    os.truncate(folder / "model.safetensors", 30_000)
+
+        sweep = Sweep(folder, DATA, callbacks=[Shrinks()], dtype=dtype, device=device, progress=False)
+        sweep.preflight()
+        if not begun:
+            os.truncate(folder / "model.safetensors", 30_000)
+        cut = r"was truncated while it was read: .* is cut off" if begun else "is not a readable safetensors file"
+        with pytest.raises(ModelError, match=rf"model\.safetensors {cut}"):
+            sweep.run()
 
 
 # --- tied embeddings (NUMERICS section 8) ---------------------------------------------------------------------------
