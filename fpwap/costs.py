@@ -17,19 +17,16 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from .outbox import RING
 from .rates import Rates
+from .recipes import CPU_STAGINGS, STAGINGS
 from .residual import Tier
-from .schedule import Schedule, Stage
+from .schedule import Loading, Schedule, Stage
 
-Loading = Literal["resident", "stream"]
 Bound = Literal["matrix", "disk", "copy", "residual"]
 
 POOLED = 2**30
 """Bytes of per-prompt outputs that are assembled in memory, at most."""
-STAGINGS, CPU_STAGINGS = 4, 2
-"""Buffers of a reader: pinned ones between disk and device, and those of the CPU's."""
-OUTBOX = 2**26
-"""Bytes of outputs on their way from a device: pinned, and as much there."""
 DIGESTS = 17
 """Bytes that the store keeps of each prompt of an output while its file is open."""
 SPARE_FILES = 64
@@ -226,7 +223,7 @@ def needs(costs: Costs, way: Way, *, tensors: bool = True) -> Needs:
     mapped = 0 if costs.on_device or way.loading == "stream" else costs.mapped
     files += costs.shards + SPARE_FILES
     if costs.on_device:
-        memory[LEAVING] = near[LEAVING] = OUTBOX
+        memory[LEAVING] = near[LEAVING] = RING
         return Needs(memory=memory, device=near, disk=disk, mapped=mapped, files=files)
     for name, size in near.items():
         memory[name] = memory.get(name, 0) + size

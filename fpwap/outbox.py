@@ -16,6 +16,8 @@ from torch import Tensor
 from .device import Device, Event
 from .store import Record
 
+RING = 1 << 26
+"""Bytes of outputs that are on their way from a device at once: pinned, and as much there."""
 ALIGNED = 64
 """Bytes: where a value begins in the ring."""
 

@@ -28,7 +28,6 @@ from .costs import (
     WEIGHTS,
     Bound,
     Costs,
-    Loading,
     Needs,
     Pace,
     Times,
@@ -41,7 +40,7 @@ from .costs import (
 )
 from .rates import Rates
 from .residual import Tier
-from .schedule import Schedule, Stage, cut, group_stages
+from .schedule import Loading, Schedule, Stage, cut, group_stages
 
 HEIGHT = {"cpu": 1024}
 """Rows of a GEMM tile in packed mode, by device type; what is not named here has `ACCELERATOR_HEIGHT`."""

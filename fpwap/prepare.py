@@ -40,7 +40,7 @@ from .checkpoint import (
     tensors_of,
 )
 from .context import SweepContext
-from .costs import LOGITS, Costs, Loading, Maths, StageCost, products_s
+from .costs import LOGITS, Costs, Maths, StageCost, products_s
 from .errors import CallbackError, ModelError, RequestError
 from .formats import Quantisation, quantisation
 from .plan import KEPT_ROWS, SPARSE_HEIGHT, Budgets, Known, Plan, Shapes, Wanted, counted, make_plan, tile_heights
@@ -48,7 +48,7 @@ from .profile import Profile
 from .prompts import Prompts, TokenTable, arrange
 from .recipes import recipe, slices, slot_size, vocabulary, without_experts
 from .residual import Tier
-from .schedule import Stage
+from .schedule import Loading, Stage
 from .sites import Targets, bind, check_positions, stage_of, where
 from .store import Record
 from .weights import PIECE, PIECE_ROWS

@@ -35,6 +35,8 @@ Make = Callable[[Sequence[Tensor], Tensor], None]
 
 STAGE = 1 << 25
 """Bytes of a staging buffer, unless a single strip needs more."""
+STAGINGS, CPU_STAGINGS = 4, 2
+"""Staging buffers of an accelerator's reader: two are read into while others are on their way. In RAM two will do."""
 STRIP = STAGE // 4
 """Bytes of a strip, read or made, unless one row of blocks has more."""
 APART = 1 << 17

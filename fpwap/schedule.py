@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Kind = Literal["embed", "layer", "norm", "head"]
+Loading = Literal["resident", "stream"]
+"""Whether stages stay in memory, or are read when their turn comes."""
 
 
 class Stage(NamedTuple):

@@ -28,7 +28,7 @@ from .errors import RequestError
 from .interrupt import Interruptible
 from .machine import kept_pages, many_files
 from .meter import Meter
-from .outbox import Outbox
+from .outbox import RING, Outbox
 from .plan import Plan
 from .prepare import COMPUTED, Prepared, Request, fetch, learn, pad_token, prepare, to_device
 from .profile import Recorder
@@ -49,8 +49,6 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "loading": ("auto", "resident", "stream"),
 }
 MICROBATCH_SIZE = 16
-OUTBOX = 1 << 26
-"""Bytes of outputs that are on their way from an accelerator at once."""
 
 
 class Sweep:
@@ -274,7 +272,7 @@ class Sweep:
                     recorder.count("outputs", values.nbytes)
                     store.write(record, values, sample_ids)
 
-                outbox = Outbox(write, device, ring_bytes=OUTBOX)
+                outbox = Outbox(write, device, ring_bytes=RING)
                 opened.callback(outbox.close)
                 widths, scratch = {"residual": model.config.hidden}, folder / "scratch"
                 residual = open_residual(plan.tier, plan.residual_rows, widths, plan.dtype, device, scratch)

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,16 +33,23 @@ from .device import Cpu, Device, Event
 from .errors import ModelError
 from .formats import Quantisation
 from .reading import Closed, Gathered, Reader, Reading, Shards
-from .recipes import Batch, Recipe, Way, recipe, slices, slot_size, without_experts
-from .schedule import Stage
+from .recipes import (
+    CPU_STAGINGS,
+    STAGINGS,
+    Batch,
+    Recipe,
+    Way,
+    recipe,
+    slices,
+    slot_size,
+    without_experts,
+)
+from .schedule import Loading, Stage
 
 Moved = Callable[[int, float], None]
 Check = Callable[[], None]
 Span = Callable[[str], contextlib.AbstractContextManager[object]]
-Loading = Literal["resident", "stream"]
 
-STAGINGS = 4
-"""Staging buffers of an accelerator's reader: two are read into while others are on their way. In RAM two will do."""
 PIECE, PIECE_ROWS = 96 << 20, 4096
 """Bytes of a piece of the head, about; and what its rows are a multiple of."""
 PATIENCE = 0.5
@@ -285,7 +292,7 @@ class _Loader:
     def __init__(self, shards: Shards, device: Device, *, direct: bool, room: int) -> None:
         self._shards, self._device, self._waited = shards, device, 0.0
         self._reader, self._stream = Reader(shards, direct=direct), device.stream()
-        count = STAGINGS if device.asynchronous else 2
+        count = STAGINGS if device.asynchronous else CPU_STAGINGS
         self._staging = deque(_Staging(device, room) for _ in range(count if room else 0))
 
     def load(self, found: Recipe, memory: Tensor, free: Event) -> _Loaded:

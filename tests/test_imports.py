@@ -27,7 +27,7 @@ TYPES = {
     "callbacks.common": {"callbacks.moments"},
     "meter": {"machine"},
     "outbox": {"store"},
-    "costs": {"rates", "residual"},
+    "costs": {"outbox", "rates", "recipes", "residual"},
     "plan": {"costs", "rates", "residual"},
     "reading": {"checkpoint"},
     "recipes": {"checkpoint", "formats", "reading"},

@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 
 from fpwap import Sweep, identity, machine, rates
 from fpwap.callbacks.common import RawActivations
-from fpwap.costs import DIGESTS, OUTBOX, Costs, Maths, Pace, StageCost, Way, needs, slots, steps_up_to
+from fpwap.costs import DIGESTS, Costs, Maths, Pace, StageCost, Way, needs, slots, steps_up_to
 from fpwap.errors import ModelError, RequestError
+from fpwap.outbox import RING
 from fpwap.plan import AS_FAST, AS_SOON_S, Budgets, Known, Plan, Wanted, make_plan
 from fpwap.prepare import learn
 from fpwap.rates import Rates
@@ -135,8 +136,8 @@ def requests(draw: st.DrawFn) -> Costs:
 
 budgets = st.builds(
     Budgets,
-    memory=st.sampled_from([0, OUTBOX]).flatmap(lambda least: st.integers(least + 10**4, least + 10**8)),
-    device=st.integers(OUTBOX + 10**4, OUTBOX + 10**8),
+    memory=st.sampled_from([0, RING]).flatmap(lambda least: st.integers(least + 10**4, least + 10**8)),
+    device=st.integers(RING + 10**4, RING + 10**8),
     disk=st.sampled_from([0, 10**5, 10**6, 10**8]),
 )
 wishes = st.builds(
@@ -331,7 +332,7 @@ def test_beside_a_device_the_stream_lies_as_near_as_it_fits() -> None:
     request = costs(dense(memory=10 * MB), [100] * 50, device=True, width=10 * KB)
     room = {"memory": GB, "disk": GB}
     for device, memory, tier in ((90 * MB, GB, "device"), (45 * MB, GB, "ram"), (45 * MB, 60 * MB, "disk")):
-        most = Budgets(**{**room, "memory": memory + OUTBOX}, device=device + OUTBOX)
+        most = Budgets(**{**room, "memory": memory + RING}, device=device + RING)
         plan = decide(request, most, Wanted(loading="stream", size=1))
         assert (plan.tier, plan.feasible, len(plan.schedule.waves)) == (tier, True, 1)
     assert decide(request, PLENTY).loading == "resident"
@@ -416,7 +417,7 @@ def test_files_that_may_be_open_limit_a_visit() -> None:
 )
 def test_advice_is_what_was_not_tried(wanted: Wanted, device: bool, words: str, never: str) -> None:
     request = costs(dense(memory=100 * MB), [10] * 5, device=device)
-    plan = decide(request, Budgets(memory=GB if device else 50 * MB, device=OUTBOX + 90 * MB, disk=GB), wanted, hot=0)
+    plan = decide(request, Budgets(memory=GB if device else 50 * MB, device=RING + 90 * MB, disk=GB), wanted, hot=0)
     (blocker,) = plan.blockers
     assert words in blocker and never not in blocker
 

@@ -38,8 +38,8 @@ from fpwap.errors import ModelError, RequestError
 from fpwap.formats import Quantisation, mxfp4
 from fpwap.reading import Shards, Span, gather
 from fpwap.recipes import Way, recipe, slot_size
-from fpwap.schedule import Stage
-from fpwap.weights import Decoded, Loading, Weights
+from fpwap.schedule import Loading, Stage
+from fpwap.weights import Decoded, Weights
 
 VOCAB, HIDDEN, PLACES, LAYERS, EXPERTS, WIDTH = 150, 32, 9, 3, 4, 64
 BLOCK = (16, 24)
