@@ -110,9 +110,10 @@ def draw(found: Sequence[Point], title: str, path: Path) -> None:
         }
         for place, (label, (measured, planned)) in zip(axes[:, column], lines.items(), strict=True):
             place.plot(sizes, measured, "o-", label="measured")
-            place.plot(sizes, planned, "--", label="planned")
+            what = "planned, beside Python and torch" if "memory" in label else "planned"
+            place.plot(sizes, planned, "--", label=what)
             place.set(xlabel=over, ylabel=label, ylim=(0, None), xlim=(0, None))
-            place.legend()
+            place.legend(loc="lower right")
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
