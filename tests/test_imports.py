@@ -15,8 +15,8 @@ FOREIGN = {"transformers", "accelerate"}
 EXTRAS = {"tokenizers", "matplotlib"}
 
 OUTER = {
-    *("__init__", "__main__", "calibrate", "cli", "demo", "draft", "engine", "identity", "prepare", "result", "sweep"),
-    *("text", "verify", "watch"),
+    *("__init__", "__main__", "calibrate", "cli", "counting", "demo", "draft", "engine", "identity", "prepare"),
+    *("result", "sweep", "text", "verify", "watch"),
 }
 """May import parts."""
 VOCABULARY = {"errors", "schedule", "callbacks.base", "device"}
