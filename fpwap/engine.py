@@ -71,13 +71,14 @@ def sweep(parts: Parts) -> None:
             for layer in layers:
                 taps.start_layer(layer)
         same = following is not None and (following.wave, following.group) == (step.wave, step.group)
-        _visit(parts, step, table.joined(step.microbatches), following if same else None)
-        if step.last:
-            parts.residual.turn()
-            taps.settle()
-            if step.wave == len(schedule.waves) - 1:
-                for layer in layers:
-                    _commit(parts, layer)
+        with parts.recorder.span("residual", stages[0].label):
+            _visit(parts, step, table.joined(step.microbatches), following if same else None)
+            if step.last:
+                parts.residual.turn()
+                taps.settle()
+        if step.last and step.wave == len(schedule.waves) - 1:
+            for layer in layers:
+                _commit(parts, layer)
     _commit(parts, None)
 
 

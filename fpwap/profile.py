@@ -21,8 +21,8 @@ from .device import Device, Event
 
 PHASES = ("plan", "load", "residual", "forward", "callback", "write", "commit", "verify", "finish")
 """What a moment of `run()` can be spent on: planning, waiting for weights, fetching and keeping a microbatch's residual
-rows, a stage's maths, callbacks, output files, committing a layer, the comparison with Hugging Face, opening and
-closing the parts."""
+rows (and what else lies between the stages of a visit), a stage's maths, callbacks, output files, committing a layer,
+the comparison with Hugging Face, opening and closing the parts."""
 BESIDE = ("callback", "verify")
 """Phases that no plan predicts."""
 EDGES = 4096
