@@ -1,17 +1,25 @@
 """SIGINT and SIGTERM as a flag that a run looks at between two operations.
 
 Handlers are installed in the main thread only and restored afterwards; elsewhere, and for the second signal of a kind,
-Python's own behaviour stays.
+Python's own behaviour stays. Whoever waits for a thread waits by `patiently`, and so hears the signal.
 """
 
+import concurrent.futures
 import signal
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+PATIENCE = 0.5
+"""Seconds that are waited at most until somebody asks again whether the run is to stop."""
+Check = Callable[[], None]
+"""Raises if the run is to stop."""
+T = TypeVar("T")
 
 
 class Interruptible:
@@ -37,3 +45,12 @@ class Interruptible:
     def check(self) -> None:
         if self._signum is not None:
             raise Interrupted(self._signum)
+
+
+def patiently(future: Future[T], check: Check) -> T:
+    """What a thread made of it, waited for as long as ``check`` raises nothing."""
+    check()
+    while not future.done():
+        concurrent.futures.wait((future,), PATIENCE)
+        check()
+    return future.result()  # not with a timeout: a disk's own TimeoutError would pass for it

@@ -17,7 +17,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -32,6 +32,7 @@ from .checkpoint import FP8_SCALES, MXFP4, STORED, Checkpoint, Entry, Layout, Pa
 from .device import Cpu, Device, Event
 from .errors import ModelError
 from .formats import Quantisation
+from .interrupt import Check, patiently
 from .reading import Closed, Gathered, Reader, Reading, Shards
 from .recipes import (
     CPU_STAGINGS,
@@ -47,13 +48,10 @@ from .recipes import (
 from .schedule import Loading, Stage
 
 Moved = Callable[[int, float], None]
-Check = Callable[[], None]
 Span = Callable[[str], contextlib.AbstractContextManager[object]]
 
 PIECE, PIECE_ROWS = 96 << 20, 4096
 """Bytes of a piece of the head, about; and what its rows are a multiple of."""
-PATIENCE = 0.5
-"""Seconds that are waited at most until somebody asks again whether the run is to stop."""
 
 
 class Weights:
@@ -124,11 +122,11 @@ class Weights:
         On an accelerator the maths waits for them, not the caller.
         """
         if self._kept:
-            loaded = _patiently(self._everything[stage], self._check)
+            loaded = patiently(self._everything[stage], self._check)
         else:
             expected, future = self._reading.popleft()
             assert stage == expected, f"stages are acquired in order: {expected}, not {stage}"
-            loaded = _patiently(future, self._check)
+            loaded = patiently(future, self._check)
         self._device.compute.wait(loaded.ready)
         return loaded.weights
 
@@ -268,7 +266,7 @@ class _Turns:
                 ahead.append(self._pool.submit(self._read, parcels[turn], slab.memory, slab.free))
             if turn:
                 with self._span("load"):
-                    loaded = _patiently(ahead.popleft(), self._check)
+                    loaded = patiently(ahead.popleft(), self._check)
                     self._device.compute.wait(loaded.ready)
                 try:
                     yield loaded.weights
@@ -405,15 +403,6 @@ class _Maps:
         raw[:: mmap.PAGESIZE].max()  # the pages are read here, not in the maths
         flat = torch.frombuffer(self._maps[shard], dtype=dtype, count=size // dtype.itemsize, offset=begin - first)
         return flat.view(slot.shape)
-
-
-def _patiently(future: "Future[_Loaded]", check: Check) -> _Loaded:
-    """What a reader made of it, waited for as long as ``check`` raises nothing."""
-    check()
-    while not future.done():
-        wait((future,), PATIENCE)
-        check()
-    return future.result()  # not with a timeout: a disk's own TimeoutError would pass for it
 
 
 def _threads(device: Device) -> Callable[[], None]:

@@ -19,8 +19,8 @@ OUTER = {
     *("result", "sweep", "text", "verify", "watch"),
 }
 """May import parts."""
-VOCABULARY = {"errors", "schedule", "callbacks.base", "device"}
-"""Words that all parts share: exceptions, stages, sites, what callbacks return, and the device."""
+VOCABULARY = {"errors", "schedule", "callbacks.base", "device", "interrupt", "files"}
+"""Words that all parts share: exceptions, stages, sites, what callbacks return, the device, how to wait, files."""
 TYPES = {
     "checkpoint": {"formats"},
     "context": {"prompts"},
