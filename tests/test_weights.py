@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from archs.contract import Family, experts, source
-from fpwap import reading, recipes, weights
+from fpwap import interrupt, reading, recipes, weights
 from fpwap.checkpoint import Checkpoint, Layout, lay_out
 from fpwap.device import PAGE, Cpu, Device, Event
 from fpwap.errors import ModelError, RequestError
@@ -1074,8 +1074,8 @@ def test_one_who_waits_is_interrupted(
     waited: str, device: Device, folder: Path, monkeypatch: pytest.MonkeyPatch, clean: None
 ) -> None:
     """The disk answers no more before the weights are closed."""
-    assert weights.PATIENCE <= 0.5
-    monkeypatch.setattr(weights, "PATIENCE", 0.01)
+    assert interrupt.PATIENCE <= 0.5
+    monkeypatch.setattr(interrupt, "PATIENCE", 0.01)
     plain, asked, hangs = os.preadv, list[bool](), threading.Event()
 
     def hanging(descriptor: int, parts: Any, start: int) -> int:
