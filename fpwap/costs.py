@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -158,6 +158,16 @@ class Way:
     def one_visit(self) -> bool:
         """Whether a microbatch goes through all stages at once, so that nothing is kept between visits."""
         return len(self.schedule.groups) == 1
+
+    def to_json(self) -> dict[str, Any]:
+        return {**{name: getattr(self, name) for name in _PLAIN}, "schedule": self.schedule.to_json()}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> "Way":
+        return cls(**{name: found[name] for name in _PLAIN}, schedule=Schedule.from_json(found["schedule"]))
+
+
+_PLAIN = ("loading", "tier", "ring", "pooled")
 
 
 @dataclass(frozen=True, kw_only=True)

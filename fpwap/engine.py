@@ -5,6 +5,7 @@
             read its residual rows, go through the group's stages, write them back
             (a stage's weights are there from its first visit to its last; the next are read meanwhile)
         commit what the group's layers put out
+        (between two visits what a run needs that goes on from there may be made durable)
 
 The only place where the parts meet. It decides nothing: the order is the schedule's, the numbers are the family's, what
 is shown to whom is the taps'.
@@ -22,12 +23,13 @@ from torch import Tensor
 from archs.batch import Batch
 from archs.contract import Family
 
+from .commits import Committing
 from .plan import KEPT_ROWS, Plan
 from .profile import Recorder
 from .progress import Progress
 from .prompts import Microbatch, TokenTable
 from .residual import Residual
-from .schedule import Stage, Step
+from .schedule import Point, Stage, Step
 from .store import Store
 from .taps import Reached, Taps
 from .watch import Watcher
@@ -38,7 +40,7 @@ from .weights import Weights
 class Parts:
     """What a sweep is joined from; each part is opened and closed by the caller.
 
-    flush: waits until every output that was shown to a callback has reached the store.
+    flush: waits until every output that was shown to a callback has reached the store. start: where the parts stand.
     """
 
     plan: Plan
@@ -53,6 +55,8 @@ class Parts:
     recorder: Recorder
     progress: Progress
     watcher: Watcher
+    commits: Committing
+    start: Point
     loaded: dict[Stage, Any] = field(default_factory=dict)
     batches: dict[range, Batch] = field(default_factory=dict)
     shared: dict[Any, object] = field(default_factory=dict)
@@ -63,11 +67,11 @@ def sweep(parts: Parts) -> None:
     """Runs every step of the schedule; returns when every output is committed."""
     schedule, taps, table = parts.plan.schedule, parts.taps, parts.table
     taps.start_layer(None)
-    for step, following in pairwise(chain(schedule.steps(), (None,))):
+    for step, following in pairwise(chain(schedule.steps(parts.start), (None,))):
         assert step is not None
         stages = schedule.groups[step.group]
         layers = [stage.layer for stage in stages if stage.layer is not None]
-        if step.first and step.wave == 0:
+        if step.first:
             for layer in layers:
                 taps.start_layer(layer)
         same = following is not None and (following.wave, following.group) == (step.wave, step.group)
@@ -79,6 +83,8 @@ def sweep(parts: Parts) -> None:
         if step.last and step.wave == len(schedule.waves) - 1:
             for layer in layers:
                 _commit(parts, layer)
+        if following is not None:
+            parts.commits.after(step, _first_row(parts, following))
     _commit(parts, None)
 
 
@@ -86,10 +92,10 @@ def _visit(parts: Parts, step: Step, microbatch: Microbatch, following: Step | N
     """One microbatch through the stages of one group. following: the group's next visit, whose rows may come nearer."""
     plan, recorder = parts.plan, parts.recorder
     stages = plan.schedule.groups[step.group]
-    first_row = parts.table.microbatches[plan.schedule.waves[step.wave].start].rows.start
+    moved = microbatch.rows.start - _first_row(parts, step)
 
     def within_wave(rows: slice) -> slice:
-        return slice(rows.start - first_row, rows.stop - first_row)
+        return slice(rows.start - moved, rows.stop - moved)
 
     with recorder.span("residual", stages[0].label):
         batch = _batch(parts, step.microbatches, microbatch)
@@ -112,6 +118,12 @@ def _visit(parts: Parts, step: Step, microbatch: Microbatch, following: Step | N
             parts.residual.write(within_wave(microbatch.rows), real)
             recorder.count("residual_written", real.nbytes)
     parts.taps.settle(all=False)
+
+
+def _first_row(parts: Parts, step: Step) -> int:
+    """Where a visit begins among its wave's rows."""
+    table, wave = parts.table.microbatches, parts.plan.schedule.waves[step.wave]
+    return int(table[step.microbatches.start].rows.start - table[wave.start].rows.start)
 
 
 def _batch(parts: Parts, which: range, microbatch: Microbatch) -> Batch:

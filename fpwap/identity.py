@@ -57,6 +57,7 @@ def identity(request: Request, ready: Prepared, callbacks: Sequence[Callback]) -
             {
                 "class": f"{type(callback).__module__}.{type(callback).__qualname__}",
                 "code": None if type(callback).__module__.startswith("fpwap.") else code_of(type(callback)),
+                "state_version": getattr(callback, "state_version", 1),
                 "phase": callback.phase,
                 "positions": callback.positions if isinstance(callback.positions, str) else list(callback.positions),
                 "sites": [list(site) for site in own],
@@ -78,10 +79,20 @@ def identity(request: Request, ready: Prepared, callbacks: Sequence[Callback]) -
         raise RequestError(f"a callback's config() must be JSON: {error}") from error
 
 
-def manifest(identity: dict[str, Any], plan: Plan) -> dict[str, Any]:
-    """What a result says of its run, less its files, which the store adds."""
+ENVIRONMENT = ("torch", "device", "processor", "cpu_capability", "threads")
+"""Of a run's environment, what its bits may depend on; a user may allow each of them to differ."""
+
+
+def manifest(identity: dict[str, Any], plan: Plan, now: dict[str, Any]) -> dict[str, Any]:
+    """What a result says of its run, less its files, which the store adds.
+
+    identity: of the run as it began. now: of the one that ended it, whose environment may be another if that was
+    allowed.
+    """
+    other = {} if now["environment"] == identity["environment"] else {"ended_in": now["environment"]}
     return {
         **identity,
+        **other,
         "layers": plan.layers,
         "versions": {"fpwap": __version__, "torch": torch.__version__, "numpy": np.__version__},
         "plan": plan.summary(),

@@ -153,6 +153,17 @@ class Plan(Known):
         known = Known(**{name: getattr(self, name) for name in Known.__dataclass_fields__})
         return make_plan(known, self.costs, rates or self.rates, budgets or self.budgets, wanted or self.wanted)
 
+    def like(self, before: Way) -> "Plan":
+        """The same request in the order of an unfinished run, which goes on: its groups, waves, chunks and tier."""
+        known = Known(**{name: getattr(self, name) for name in Known.__dataclass_fields__})
+        return make_plan(known, self.costs, self.rates, self.budgets, self.wanted, before)
+
+    @property
+    def way(self) -> Way:
+        return Way(
+            loading=self.loading, tier=self.tier, ring=self.ring, schedule=self.schedule, pooled=self.pooled_bytes
+        )
+
     # --- bytes ---
 
     @property
@@ -197,6 +208,25 @@ class Plan(Known):
         if len(self.schedule.groups) == 1:
             return 0
         return max(int(self.costs.rows[wave.start : wave.stop].sum()) for wave in self.schedule.waves)
+
+    @property
+    def _saved_bytes(self) -> int:
+        """What a commit writes, besides outputs: callbacks' state, and the residual stream where it lies in memory."""
+        stream = 0 if self.tier == "disk" else self.residual_rows * self.costs.width
+        return stream + self._of(STATES)
+
+    @property
+    def commit_s(self) -> float:
+        """Seconds that a commit takes of the maths, about."""
+        return self._saved_bytes / self.rates.disk_write + self.rates.commit_s
+
+    @property
+    def unsaved(self) -> str | None:
+        """Why nothing can be committed on the way, in words; None if it can."""
+        free, needed = self.disk_free - self.disk_bytes, 2 * self._saved_bytes
+        if needed <= free:
+            return None
+        return f"there is no room on the disk for what it would go on from: {size(needed)}, and {size(free)} are free"
 
     @property
     def weights_bytes(self) -> int:
@@ -361,11 +391,20 @@ class Plan(Known):
 # --- the choice -----------------------------------------------------------------------------------------------------
 
 
-def make_plan(known: Known, costs: Costs, rates: Rates, budgets: Budgets, wanted: Wanted) -> Plan:
-    """Tries every way on paper and takes the best; if none fits, the one that lacks least, with its blockers."""
+def make_plan(
+    known: Known, costs: Costs, rates: Rates, budgets: Budgets, wanted: Wanted, before: Way | None = None
+) -> Plan:
+    """Tries every way on paper and takes the best; if none fits, the one that lacks least, with its blockers.
+
+    before: of an unfinished run; its order of visits and its tier stay, the rest is chosen again.
+    """
     search = _Search(costs, budgets, wanted, known.hot)
     pace = Pace(costs, rates, _name(known.dtype), known.hot)
-    tried = [(way, need, search.lacks(way, need)) for way, need in search.ways()]
+    ways = list(search.ways())
+    if before is not None:
+        as_before = [one for one in ways if (one[0].tier, one[0].schedule) == (before.tier, before.schedule)]
+        ways = as_before or [(before, needs(costs, before))]
+    tried = [(way, need, search.lacks(way, need)) for way, need in ways]
     fitting = [(way, need, pace.times(way)) for way, need, lack in tried if not any(lack)]
     blockers: tuple[str, ...] = ()
     if fitting:
@@ -377,7 +416,7 @@ def make_plan(known: Known, costs: Costs, rates: Rates, budgets: Budgets, wanted
     else:
         asked = wanted.loading or "stream"  # the smaller of the two
         way, need, lack = min(
-            (one for one in tried if one[0].loading == asked),
+            [one for one in tried if one[0].loading == asked] or tried,
             key=lambda one: (sum(one[2]), *_preference(one[0], one[1])),
         )
         times = pace.times(way)

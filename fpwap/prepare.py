@@ -19,7 +19,7 @@ import archs
 from archs.batch import Attention
 from archs.contract import ArchError, Family
 
-from . import hub, machine, rates
+from . import hub, journal, machine, rates
 from .callbacks.base import Callback
 from .checkpoint import (
     INDEX,
@@ -268,7 +268,7 @@ def prepare(
     budgets = Budgets(
         memory=min(machine.available_memory(), request.memory or sys.maxsize),
         device=0 if on_cpu else min(machine.device_memory(device), request.device_memory or sys.maxsize),
-        disk=min(machine.free_disk(out or Path(tempfile.gettempdir())), request.disk or sys.maxsize),
+        disk=min(_free_disk(out), request.disk or sys.maxsize),
         files=machine.most_files(),
     )
     with machine.uncollected():
@@ -316,6 +316,13 @@ def learn(plan: Plan, profile: Profile) -> None:
     found = plan.rates.corrected(dtype, date.today(), samples)
     if found is not plan.rates:
         rates.save(found, plan.device)
+
+
+def _free_disk(out: Path | None) -> int:
+    """Bytes that a run may come to take in ``out``: those that an unfinished one there has taken are its own."""
+    if out is None:
+        return machine.free_disk(Path(tempfile.gettempdir()))
+    return machine.free_disk(out) + (machine.held_disk(out) if (out / journal.REQUEST).exists() else 0)
 
 
 def _wished(request: Request, device: torch.device) -> Wanted:

@@ -5,30 +5,43 @@ can come meanwhile. `turn` ends a group: what it wrote is what the next one read
 other is written, so that a group never overwrites what it was made from. The store can hold several named per-token
 tensors; today there is one, "residual".
 
+`save` is for a run that goes on later. On disk the files themselves are kept: `hold` keeps a group from writing over
+the one before as long as nobody can go on from behind it. Memory is copied to two files by turns, by a thread while the
+maths goes on; a row that is written meanwhile waits until it has been copied. `restore` takes up what was saved. Blocks
+of rows are hashed as they are written, and compared when they are read back.
+
 What travels beside the maths goes through two buffers each way, of the largest slice seen, however many rows there
 are. The module does not know layers, prompts or why a row is where it is.
 """
 
 import contextlib
-import errno
 import math
-import os
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Literal, Protocol, TypeVar
+from time import thread_time
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from xxhash import xxh3_128, xxh3_128_digest, xxh3_128_hexdigest
 
 from .device import Device, Event
 from .errors import StoreError, reported
+from .files import File, bytes_of, sync_folder
+from .interrupt import Check, patiently
 
 Tier = Literal["device", "ram", "disk"]
 DEPTH = 2
 """Buffers each way: one that is filled while the other is emptied."""
+PIECE = 1 << 24
+"""Bytes, about, that are copied and hashed at once of what lies in memory."""
+WHAT = "the residual stream's file "
+Saved = Mapping[str, Any]
+"""JSON. reading: the side, 0 or 1, that is read next. files: of each its tensor, side, name, bytes, the row at which
+each block ends, and the xxh3_128 over their 16-byte xxh3_128 digests."""
 T = TypeVar("T")
 
 
@@ -54,16 +67,39 @@ class Residual(Protocol):
         """All rows of a group are written: the next group reads them."""
         ...
 
+    def save(self, first: int) -> Callable[[], tuple[Saved, float]]:
+        """The rows as they are now, for a run that goes on from here; first: the row that will be written next.
+
+        To be called where nothing of an earlier one is under way. What it returns is called once, by any thread: it
+        waits until all of it is on the disk; the number is of seconds that a thread was busy with it.
+        """
+        ...
+
+    def hold(self, durable: Future[None]) -> None:
+        """What is saved may be gone on with when ``durable`` has come: what came before is not written over until then.
+
+        Called behind `turn`.
+        """
+        ...
+
+    def restore(self, saved: Saved) -> None:
+        """Before anything else: the rows as `save` found them. Raises `StoreError` where a file is not what it was."""
+        ...
+
     def close(self) -> None:
-        """Nothing is kept, no thread, descriptor or file is left. May be called twice, and after a failure."""
+        """No thread or descriptor is left, and no file that was not saved. May be called twice, and after a failure."""
         ...
 
 
 class InMemory:
     """Where the maths itself reaches. One tensor: a visit reads its rows before it writes them."""
 
-    def __init__(self, rows: int, widths: Mapping[str, int], dtype: torch.dtype, device: Device) -> None:
+    def __init__(
+        self, rows: int, widths: Mapping[str, int], dtype: torch.dtype, device: Device, folder: Path, check: Check
+    ) -> None:
         self._tensors = {name: _table(device.memory, rows, width, dtype) for name, width in widths.items()}
+        self._compute = device.compute
+        self._copies = _Copies(self._tensors, device, folder, check, near=not device.asynchronous)
 
     def fetch(self, rows: slice) -> None:
         pass
@@ -72,12 +108,23 @@ class InMemory:
         out.copy_(self._tensors[name][rows])
 
     def write(self, rows: slice, values: Tensor, name: str = "residual") -> None:
+        self._copies.before(rows)
         self._tensors[name][rows].copy_(values)
 
     def turn(self) -> None:
         pass
 
+    def save(self, first: int) -> Callable[[], tuple[Saved, float]]:
+        return self._copies.begin(first, self._compute.record())
+
+    def hold(self, durable: Future[None]) -> None:
+        pass
+
+    def restore(self, saved: Saved) -> None:
+        self._copies.restore(saved)
+
     def close(self) -> None:
+        self._copies.close()
         self._tensors.clear()
 
 
@@ -87,8 +134,11 @@ class Pinned:
     The order of one row's copies needs no further wait: it is written from what was computed from what was read.
     """
 
-    def __init__(self, rows: int, widths: Mapping[str, int], dtype: torch.dtype, device: Device) -> None:
+    def __init__(
+        self, rows: int, widths: Mapping[str, int], dtype: torch.dtype, device: Device, folder: Path, check: Check
+    ) -> None:
         self._tensors = {name: _table(device.pinned, rows, width, dtype) for name, width in widths.items()}
+        self._copies = _Copies(self._tensors, device, folder, check, near=True)
         self._compute, self._bring, self._keep = device.compute, device.stream(), device.stream()
         self._landing: dict[str, _Landing[Event]] = {name: _Landing(device) for name in widths}
         self._leaving = {name: _Ring(device) for name in widths}
@@ -116,6 +166,7 @@ class Pinned:
         berth.free = self._compute.record(buffer)
 
     def write(self, rows: slice, values: Tensor, name: str = "residual") -> None:
+        self._copies.before(rows)
         berth = self._leaving[name].next()
         buffer = berth.take(values.shape, self._tensors[name].dtype)
         self._compute.wait(berth.free)
@@ -129,7 +180,17 @@ class Pinned:
             landing.lose()
         self._bring.wait(self._keep.record())
 
+    def save(self, first: int) -> Callable[[], tuple[Saved, float]]:
+        return self._copies.begin(first, self._keep.record())
+
+    def hold(self, durable: Future[None]) -> None:
+        pass
+
+    def restore(self, saved: Saved) -> None:
+        self._copies.restore(saved)
+
     def close(self) -> None:
+        self._copies.close()
         for stream in (self._bring, self._keep):
             stream.record().synchronize()
         for held in (self._tensors, self._landing, self._leaving):
@@ -137,14 +198,16 @@ class Pinned:
 
 
 class OnDisk:
-    """Two files per tensor under ``folder``, removed by `close`; one thread reads ahead, another writes behind.
+    """Two files per tensor under ``folder``; one thread reads ahead, another writes behind.
 
     On an accelerator the threads also carry rows between their pinned buffer and the device.
     """
 
-    def __init__(self, rows: int, widths: Mapping[str, int], dtype: torch.dtype, device: Device, folder: Path) -> None:
-        self._folder, self._dtype, self._widths = folder, dtype, dict(widths)
-        self._needed = 2 * sum(rows * width for width in widths.values()) * dtype.itemsize
+    def __init__(
+        self, rows: int, widths: Mapping[str, int], dtype: torch.dtype, device: Device, folder: Path, check: Check
+    ) -> None:
+        self._folder, self._dtype, self._widths, self._rows = folder, dtype, dict(widths), rows
+        self._check = check
         self._compute, self._bring, self._keep = device.compute, device.stream(), device.stream()
         near = not device.asynchronous  # the maths reaches what the threads read and write
         self._arriving, self._departing = (None if near else _Room(device.pinned) for _ in range(2))
@@ -153,29 +216,21 @@ class OnDisk:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="fpwap-residual-read")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="fpwap-residual-write")
         self._writes: deque[Future[None]] = deque()
-        self._reading = 0
-        self._files: dict[tuple[str, int], int] = {}
+        self._reading, self._saved = 0, False
+        self._held: Future[None] | None = None
+        self._files: dict[tuple[str, int], File] = {}
+        self._blocks: dict[tuple[str, int], _Blocks] = {(name, side): {} for name in widths for side in (0, 1)}
+
         try:
-            with self._reported(folder):
+            with reported(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                for name, width in widths.items():
-                    for side in (0, 1):
-                        self._make(name, side, rows * width * dtype.itemsize)
+            for name, side in self._blocks:
+                path, size = _path(folder, name, side), rows * widths[name] * dtype.itemsize
+                self._files[name, side] = File.kept(path, size, WHAT)
+                self._files[name, side].reserve()
         except StoreError:
             self.close()
             raise
-
-    def _make(self, name: str, side: int, size: int) -> None:
-        path = self._path(name, side)
-        with self._reported(path):
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-            self._files[name, side] = fd
-            try:
-                os.posix_fallocate(fd, 0, max(1, size))
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                    raise
-                os.ftruncate(fd, size)  # space is then found missing when a row comes
 
     def fetch(self, rows: slice) -> None:
         self._settle(DEPTH)
@@ -194,11 +249,14 @@ class OnDisk:
         if not self._landing[name].holds(rows):
             self._start(rows, name)
         berth, buffer, job = self._landing[name].arrived(rows)
-        job.result()
+        patiently(job, self._check)
         out.copy_(buffer)
         berth.free = self._compute.record(buffer)
 
     def write(self, rows: slice, values: Tensor, name: str = "residual") -> None:
+        if self._held is not None:
+            patiently(self._held, self._check)
+            self._held = None
         self._settle(DEPTH - 1)
         berth = self._leaving[name].next()
         buffer = berth.take(values.shape, self._dtype)
@@ -211,19 +269,52 @@ class OnDisk:
         for landing in self._landing.values():
             landing.lose()
         self._reading = 1 - self._reading
+        for name in self._widths:
+            self._blocks[name, 1 - self._reading] = {}
+
+    def save(self, first: int) -> Callable[[], tuple[Saved, float]]:
+        self._settle(0)
+        reading = self._reading
+        files = [
+            (_Slot(self._files[name, side], name, side), dict(blocks))
+            for (name, side), blocks in self._blocks.items()
+            if blocks
+        ]
+
+        def finish() -> tuple[Saved, float]:
+            for slot, _ in files:
+                slot.file.sync()
+            sync_folder(self._folder)
+            self._saved = True
+            return {"reading": reading, "files": [slot.words(blocks) for slot, blocks in files]}, 0.0
+
+        return finish
+
+    def hold(self, durable: Future[None]) -> None:
+        self._held = durable
+
+    def restore(self, saved: Saved) -> None:
+        self._saved, self._reading = True, saved["reading"]
+        for words in saved["files"]:
+            name, side = words["tensor"], words["side"]
+            file, row = self._files[name, side], self._widths[name] * self._dtype.itemsize
+            self._blocks[name, side] = {
+                rows.start: (rows.stop, digest) for rows, _, digest in _read_back(file, words, row)
+            }
 
     def _settle(self, most: int) -> None:
         """Wait until at most so many writes are under way. A failed one stays: from then on every call raises."""
         while self._writes and (len(self._writes) > most or self._writes[0].done()):
-            self._writes[0].result()
+            patiently(self._writes[0], self._check)
             self._writes.popleft()
 
     def close(self) -> None:
         for pool in (self._reader, self._writer):
             pool.shutdown(wait=True, cancel_futures=True)
-        for (name, side), fd in self._files.items():
-            os.close(fd)
-            self._path(name, side).unlink(missing_ok=True)
+        for file in self._files.values():
+            file.close()
+            if not self._saved:
+                file.path.unlink(missing_ok=True)
         for held in (self._files, self._landing, self._leaving, self._writes):
             held.clear()
         with contextlib.suppress(OSError):
@@ -254,41 +345,167 @@ class OnDisk:
         self._write_file(name, side, rows, host)
 
     def _read_file(self, name: str, side: int, rows: slice, host: Tensor) -> None:
-        view, at = _bytes(host), rows.start * self._widths[name] * self._dtype.itemsize
-        begin = at
-        with self._reported(self._path(name, side)):
-            while view:
-                got = os.preadv(self._files[name, side], [view], at)
-                if got == 0:
-                    raise StoreError(
-                        f"{self._path(name, side)} ends before row {rows.stop}: it was truncated; run again"
-                    )
-                view, at = view[got:], at + got
-            os.posix_fadvise(self._files[name, side], begin, at - begin, os.POSIX_FADV_DONTNEED)
+        file, view, at = self._files[name, side], bytes_of(host), rows.start * self._row(name)
+        file.read(view, at)
+        file.forget(at, view.nbytes)
 
     def _write_file(self, name: str, side: int, rows: slice, host: Tensor) -> None:
-        view, at = _bytes(host), rows.start * self._widths[name] * self._dtype.itemsize
-        with self._reported(self._path(name, side)):
-            while view:
-                done = os.pwrite(self._files[name, side], view, at)
-                view, at = view[done:], at + done
+        view = bytes_of(host)
+        self._files[name, side].write(view, rows.start * self._row(name))
+        self._blocks[name, side][rows.start] = rows.stop, xxh3_128_digest(view)
 
-    def _path(self, name: str, side: int) -> Path:
-        return self._folder / f"{name}.{'ab'[side]}"
-
-    def _reported(self, path: Path) -> AbstractContextManager[None]:
-        return reported(path, self._needed, "the residual stream's file ")
+    def _row(self, name: str) -> int:
+        return self._widths[name] * self._dtype.itemsize
 
 
 def open_residual(
-    tier: Tier, rows: int, widths: Mapping[str, int], dtype: torch.dtype, device: Device, folder: Path
+    tier: Tier,
+    rows: int,
+    widths: Mapping[str, int],
+    dtype: torch.dtype,
+    device: Device,
+    folder: Path,
+    check: Check = lambda: None,
 ) -> Residual:
-    """The store of a tier for ``rows`` rows; ``folder`` is used by "disk" only and belongs to the store alone."""
+    """The store of a tier for ``rows`` rows. folder: for its files. check: raises if the run is to stop, in waits."""
     if tier == "disk":
-        return OnDisk(rows, widths, dtype, device, folder)
+        return OnDisk(rows, widths, dtype, device, folder, check)
     if tier == "ram" and device.asynchronous:
-        return Pinned(rows, widths, dtype, device)
-    return InMemory(rows, widths, dtype, device)
+        return Pinned(rows, widths, dtype, device, folder, check)
+    return InMemory(rows, widths, dtype, device, folder, check)
+
+
+# --- what is saved --------------------------------------------------------------------------------------------------
+
+_Blocks = dict[int, tuple[int, bytes]]
+"""Of the rows from one on: where the block ends, and its digest."""
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A file that holds one tensor's rows."""
+
+    file: File
+    tensor: str
+    side: int
+
+    def words(self, blocks: _Blocks) -> dict[str, Any]:
+        """What `Saved` says of it."""
+        digest = xxh3_128_hexdigest(b"".join(blocks[start][1] for start in sorted(blocks)))
+        ends = [blocks[start][0] for start in sorted(blocks)]
+        assert sorted(blocks) == [0, *ends[:-1]], "blocks follow each other"
+        file = {"file": f"{self.file.path.parent.name}/{self.file.path.name}", "bytes": self.file.needed}
+        return {"tensor": self.tensor, "side": self.side, **file, "ends": ends, "digest": digest}
+
+
+def _read_back(file: File, words: Mapping[str, Any], row: int) -> Iterator[tuple[slice, memoryview, bytes]]:
+    """A saved file's blocks: rows, bytes, digest; in the end compared with what was saved. row: bytes."""
+    digest, start = xxh3_128(), 0
+    for stop in words["ends"]:
+        block = memoryview(bytearray((stop - start) * row))
+        file.read(block, start * row)
+        own = xxh3_128_digest(block)
+        digest.update(own)
+        yield slice(start, stop), block, own
+        start = stop
+    if digest.hexdigest() != words["digest"]:
+        raise StoreError(f"{WHAT}{file.path} is not what the run wrote: its digest differs")
+
+
+class _Copies:
+    """Tensors in memory, copied to two files each by turns. near: the thread reaches their bytes as they lie."""
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], device: Device, folder: Path, check: Check, *, near: bool
+    ) -> None:
+        self._tensors, self._folder, self._check = tensors, folder, check
+        self._stream, self._room = device.stream(), None if near else _Room(device.pinned)
+        self._thread: ThreadPoolExecutor | None = None
+        self._files: dict[tuple[str, int], File] = {}
+        self._side = 1
+        self._coming: deque[tuple[slice, Future[tuple[bytes, float]]]] = deque()
+
+    def begin(self, first: int, ready: Event) -> Callable[[], tuple[Saved, float]]:
+        """Copies all rows, those from ``first`` on before the others. ready: when what is to be copied is there."""
+        assert all(job.done() for _, job in self._coming)
+        self._coming.clear()
+        side, names, blocks = 1 - self._side, list(self._tensors), []
+        for name, tensor in self._tensors.items():
+            count = max(1, PIECE // max(1, tensor[:1].nbytes))
+            starts = range(0, len(tensor), count)
+            ahead = first // count
+            for start in (*starts[ahead:], *starts[:ahead]):
+                rows = slice(start, min(start + count, len(tensor)))
+                job = self._pool().submit(self._copy, name, side, rows, ready)
+                self._coming.append((rows, job))
+                blocks.append((name, rows, job))
+
+        def finish() -> tuple[Saved, float]:
+            files = []
+            for name in names:
+                found = {rows.start: (rows.stop, job.result()[0]) for of, rows, job in blocks if of == name}
+                self._files[name, side].sync()
+                files.append(_Slot(self._files[name, side], name, side).words(found))
+            sync_folder(self._folder)
+            self._side = side
+            return {"reading": side, "files": files}, sum(job.result()[1] for *_, job in blocks)
+
+        return finish
+
+    def before(self, rows: slice) -> None:
+        """Waits until these rows have been copied."""
+        while self._coming and self._coming[0][1].done():
+            self._coming.popleft()[1].result()
+        for of, job in self._coming:
+            if of.start < rows.stop and rows.start < of.stop:
+                patiently(job, self._check)
+
+    def restore(self, saved: Saved) -> None:
+        self._side = saved["reading"]
+        for words in saved["files"]:
+            tensor = self._tensors[words["tensor"]]
+            row = tensor[:1].nbytes
+            file = self._file(words["tensor"], words["side"])
+            for rows, block, _ in _read_back(file, words, row):
+                tensor[rows].copy_(torch.frombuffer(block, dtype=tensor.dtype).view(-1, *tensor.shape[1:]))
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+        for file in self._files.values():
+            file.close()
+        self._coming.clear()
+        self._files.clear()
+
+    def _pool(self) -> ThreadPoolExecutor:
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="fpwap-residual-save")
+        return self._thread
+
+    def _file(self, name: str, side: int) -> File:
+        if (name, side) not in self._files:
+            self._files[name, side] = File.kept(_path(self._folder, name, side), self._tensors[name].nbytes, WHAT)
+            self._files[name, side].reserve()
+        return self._files[name, side]
+
+    def _copy(self, name: str, side: int, rows: slice, ready: Event) -> tuple[bytes, float]:
+        """On the thread: the rows' digest, and how long it was busy."""
+        began = thread_time()
+        values = self._tensors[name][rows]
+        if self._room is None:
+            ready.synchronize()
+        else:
+            values, source = self._room.take(values.shape, values.dtype), values
+            self._stream.wait(ready)
+            self._stream.copy(values, source)
+            self._stream.record(values, source).synchronize()
+        view = bytes_of(values)
+        self._file(name, side).write(view, rows.start * self._tensors[name][:1].nbytes)
+        return xxh3_128_digest(view), thread_time() - began
+
+
+def _path(folder: Path, name: str, side: int) -> Path:
+    return folder / f"{name}.{'ab'[side]}"
 
 
 # --- buffers --------------------------------------------------------------------------------------------------------
@@ -296,10 +513,6 @@ def open_residual(
 
 def _table(make: Callable[[int], Tensor], rows: int, width: int, dtype: torch.dtype) -> Tensor:
     return _Room(make).take((rows, width), dtype)
-
-
-def _bytes(host: Tensor) -> memoryview:
-    return host.view(torch.uint8).numpy().data.cast("B")
 
 
 class _Room:

@@ -22,6 +22,8 @@ from torch import Tensor
 from xxhash import xxh3_128, xxh3_128_digest, xxh3_128_hexdigest
 
 from .errors import RequestError, StoreError, reported
+from .files import sealed, sync_folder
+from .journal import tidy
 from .profile import Profile
 from .store import (
     FORMAT,
@@ -31,8 +33,6 @@ from .store import (
     Tensors,
     layout,
     prompt_tensors,
-    sealed,
-    sync_folder,
 )
 
 _Key = tuple[str, int | None, str]
@@ -149,6 +149,7 @@ class Result:
                 raise StoreError(
                     f"{file} has {file.stat().st_size} bytes, not {entry['bytes']}: it was cut or replaced"
                 )
+        tidy(folder)
         return cls(folder, manifest)
 
     @classmethod
@@ -175,7 +176,7 @@ class Result:
         site = self._layer(layer), hook, name
         for entry in self.manifest["records"]:
             if (entry["layer"], entry["hook"], entry["name"]) == site:
-                record = _record(entry)
+                record = Record.of(entry)
                 tensors = _mapped(self.path / entry["file"], record.tensors(*self._counts))
                 return tensors["values"] if record.per == "prompt" else Ragged(tensors["values"], tensors["offsets"])
         raise RequestError(
@@ -287,11 +288,6 @@ def _entries(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [manifest["prompts"], *manifest["files"], *manifest["records"], *manifest["artifacts"]]
 
 
-def _record(entry: Mapping[str, Any]) -> Record:
-    dtype = getattr(torch, entry["dtype"])
-    return Record(entry["layer"], entry["hook"], entry["name"], entry["per"], tuple(entry["rest"]), dtype)
-
-
 def _mapped(path: Path, tensors: Tensors) -> dict[str, Tensor]:
     """The tensors of a file that must begin with exactly the header of ``tensors``, over a private map."""
     plan = layout(tensors, str(path))
@@ -317,7 +313,7 @@ def _digest(path: Path) -> str:
 
 def _is_intact(path: Path, entry: Mapping[str, Any], offsets: np.ndarray) -> bool:
     """Whether an output has its header, the prompts' offsets, and its digest; read, not mapped: the disk may be bad."""
-    record = _record(entry)
+    record = Record.of(entry)
     prompts, tokens = len(offsets) - 1, int(offsets[-1])
     plan = layout(record.tensors(prompts, tokens), entry["file"])
     blocks = (np.diff(offsets) if record.per == "token" else np.ones(prompts, np.int64)) * record.row_bytes

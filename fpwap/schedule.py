@@ -9,9 +9,9 @@ vocabulary. That happens once per *chunk*, consecutive microbatches that visit i
 Knows nothing of tensors or files.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,10 +32,22 @@ class Stage(NamedTuple):
         return str(self.layer) if self.kind == "layer" else self.kind
 
 
+class Point(NamedTuple):
+    """Between two visits: of this wave and group, the first ``done`` ones lie behind, and everything before them."""
+
+    wave: int = 0
+    group: int = 0
+    done: int = 0
+
+
+START = Point()
+
+
 class Step(NamedTuple):
     """One visit: these stages, on these microbatches of the token table at once, of this wave.
 
-    first, last: whether it is the group's first or last visit of the wave: weights come before, commits after.
+    first, last: whether it is the group's first or last visit of the wave: weights come before, commits after. Where a
+    sweep begins amid a group, the first one that is left is the first. after: the point behind it.
     sweep_pass, variant: constant today; several passes, or several variants of a model over one pass of its weights.
     """
 
@@ -44,6 +56,7 @@ class Step(NamedTuple):
     microbatches: range
     first: bool
     last: bool
+    after: Point
     sweep_pass: int = 0
     variant: str | None = None
 
@@ -72,22 +85,75 @@ class Schedule:
         within = (range(max(wave.start, chunk.start), min(wave.stop, chunk.stop)) for chunk in chunks)
         return [chunk for chunk in within if chunk]
 
-    def steps(self) -> Iterator[Step]:
-        """Every step in order: for each wave, for each group, each visit."""
+    def steps(self, start: Point = START) -> Iterator[Step]:
+        """Every step behind a point in order: for each wave, for each group, each visit."""
         for wave, microbatches in enumerate(self.waves):
             for group in range(len(self.groups)):
+                if (wave, group) < start[:2]:
+                    continue
                 visits = self.visits(microbatches, group)
-                for place, visit in enumerate(visits):
-                    yield Step(wave, group, visit, place == 0, place == len(visits) - 1)
+                begun = start.done if (wave, group) == start[:2] else 0
+                for place, visit in enumerate(visits[begun:], begun):
+                    last = place == len(visits) - 1
+                    after = Point(wave, group, place + 1)
+                    if last:
+                        after = Point(wave, group + 1) if group + 1 < len(self.groups) else Point(wave + 1)
+                    yield Step(wave, group, visit, place == begun, last, after)
 
-    def loads(self) -> list[Stage]:
-        """The stages in the order in which their weights are needed, once per wave."""
-        return [stage for _ in self.waves for group in self.groups for stage in group]
+    def loads(self, start: Point = START) -> list[Stage]:
+        """The stages in the order in which their weights are needed behind a point, once per wave."""
+        return [
+            stage
+            for wave in range(len(self.waves))
+            for place, group in enumerate(self.groups)
+            for stage in group
+            if (wave, place) >= start[:2]
+        ]
+
+    def behind(self, point: Point) -> int:
+        """How often a stage is gone through up to a point, by however many microbatches at once."""
+        before = (
+            (stages, self.visits(wave, at), (count, at))
+            for count, wave in enumerate(self.waves)
+            for at, stages in enumerate(self.groups)
+        )
+        return sum(
+            len(stages) * (len(visits) if place < point[:2] else point.done if place == point[:2] else 0)
+            for stages, visits, place in before
+        )
 
     def __len__(self) -> int:
-        """How often a stage is gone through, by however many microbatches at once."""
-        visits = ((stages, self.visits(wave, at)) for wave in self.waves for at, stages in enumerate(self.groups))
-        return sum(len(stages) * len(found) for stages, found in visits)
+        """How often a stage is gone through in all."""
+        return self.behind(Point(len(self.waves)))
+
+    # --- there and back ---
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON of it."""
+
+        def spans(ranges: Sequence[range]) -> list[list[int]]:
+            return [[part.start, part.stop] for part in ranges]
+
+        return {
+            "groups": [[list(stage) for stage in group] for group in self.groups],
+            "waves": spans(self.waves),
+            "chunks": spans(self.chunks),
+            "streamed": sorted((list(stage) for stage in self.streamed), key=str),
+            "head_chunks": spans(self.head_chunks),
+        }
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> "Schedule":
+        def spans(name: str) -> tuple[range, ...]:
+            return tuple(range(start, stop) for start, stop in found[name])
+
+        return cls(
+            groups=tuple(tuple(Stage(*stage) for stage in group) for group in found["groups"]),
+            waves=spans("waves"),
+            chunks=spans("chunks"),
+            streamed=frozenset(Stage(*stage) for stage in found["streamed"]),
+            head_chunks=spans("head_chunks"),
+        )
 
 
 def cut(sizes: NDArray[np.int64], limit: int) -> tuple[range, ...]:

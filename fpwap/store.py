@@ -5,6 +5,9 @@ writes the manifest, without which a folder is no result. A file is made as ``*.
 full size reserved, rows go in place by ``pwrite`` (never through a memory map, which kills the interpreter on a full
 disk), and the file gets its name when all of it has reached the disk.
 
+`state` says what a run that goes on later needs of the outputs that are open, `save` takes them to the disk as they
+are, and `restore` opens them again.
+
 The digest of an output is xxh3_128 over the 16-byte xxh3_128 digests of its prompts in input order, so rows are hashed
 as they come and never read again; that of any other file is xxh3_128 of its bytes.
 
@@ -14,15 +17,13 @@ disk may be busy reading weights. `settle` waits for it, and `finish` does befor
 The module does not know where values come from, in which order prompts are computed, or what a run's identity is.
 """
 
-import errno
-import fcntl
 import json
 import math
 import os
 import re
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,6 +34,8 @@ from torch import Tensor
 from xxhash import xxh3_128, xxh3_128_digest, xxh3_128_hexdigest
 
 from .errors import CallbackError, StoreError, reported
+from .files import File, as_json, bytes_of, sealed, sync_folder
+from .interrupt import Check, patiently
 
 if TYPE_CHECKING:
     from .callbacks.base import LayerArtifact, Site
@@ -40,6 +43,10 @@ if TYPE_CHECKING:
 FORMAT, FORMAT_VERSION = "fpwap-run", 1
 MANIFEST, PROMPTS, REQUEST = "manifest.json", "prompts.safetensors", "run.json"
 """Files of a run folder; ``run.json`` is the journal's and is listed in the manifest where it exists."""
+PARTIAL = ".partial"
+"""Ending of a file's name until it has reached the disk."""
+GRACE = 2.0
+"""Seconds that a store which is closed waits for the disk."""
 Tensors = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """Tensor name -> dtype and shape, of one safetensors file."""
 
@@ -102,6 +109,18 @@ class Record:
     def file(self) -> str:
         return _file("activations", self.layer, self.hook, self.name)
 
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> "Record":
+        """From what `about` said of it."""
+        dtype = getattr(torch, entry["dtype"])
+        return cls(entry["layer"], entry["hook"], entry["name"], entry["per"], tuple(entry["rest"]), dtype)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """In the words of the manifest."""
+        where = {"variant": None, "layer": self.layer, "hook": self.hook, "name": self.name}
+        return where | {"per": self.per, "rest": self.rest, "dtype": str(self.dtype).removeprefix("torch.")}
+
     @property
     def row_bytes(self) -> int:
         return math.prod(self.rest) * self.dtype.itemsize
@@ -131,71 +150,7 @@ def _file(folder: str, layer: int | None, hook: str, name: str | None) -> str:
     return f"{folder}/{'.'.join(words)}.safetensors"
 
 
-def sealed(manifest: Mapping[str, Any]) -> bytes:
-    """The bytes of ``manifest.json``; its last key is the digest of all the others, so that an edit shows."""
-    body = {key: value for key, value in manifest.items() if key != "digest"}
-    return _json({**body, "digest": xxh3_128_hexdigest(_json(body))})
-
-
-def as_bytes(values: Tensor) -> np.ndarray:
-    """The bytes of a CPU tensor in row-major order, uint8 ``[nbytes]``; shares its memory if that is contiguous."""
-    # the new last dimension has stride 1 whatever the others have; torch counts a stray stride of a dimension of size 1
-    # as contiguous and then refuses to view it as bytes
-    return values.contiguous().unsqueeze(-1).view(torch.uint8).numpy().reshape(-1)
-
-
-def _json(value: object) -> bytes:
-    return json.dumps(value, indent=1).encode() + b"\n"
-
-
-# --- files ----------------------------------------------------------------------------------------------------------
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` durable."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-class _File:
-    """A new file, ``*.partial`` until `publish`; ``needed`` is its size."""
-
-    def __init__(self, path: Path, needed: int) -> None:
-        self.path, self.needed = path, needed
-        self.partial = path.with_name(path.name + ".partial")
-        with reported(self.partial, needed):
-            self.fd = os.open(self.partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-
-    def reserve(self) -> None:
-        """Take the disk space now, where the file system can: a run should not find it missing in hour three."""
-        with reported(self.partial, self.needed):
-            try:
-                os.posix_fallocate(self.fd, 0, self.needed)
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                    raise
-                os.ftruncate(self.fd, self.needed)
-
-    def write(self, data: memoryview, at: int) -> None:
-        with reported(self.partial, self.needed):
-            while data:
-                done = os.pwrite(self.fd, data, at)
-                data, at = data[done:], at + done
-
-    def publish(self) -> None:
-        """On disk, closed and under its final name; the caller makes the name durable by `sync_folder`."""
-        with reported(self.partial, self.needed):
-            os.fsync(self.fd)
-            self.close()
-            os.rename(self.partial, self.path)
-
-    def close(self) -> None:
-        if self.fd >= 0:
-            fd, self.fd = self.fd, -1
-            os.close(fd)
+# --- the store ------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -205,49 +160,43 @@ class _Output:
     assembled: ``[prompts, row_bytes]`` of an output kept in RAM until its commit, else None.
     """
 
-    file: _File
+    file: File
     start: int
     times: np.ndarray
     digests: np.ndarray
     assembled: np.ndarray | None
 
-
-# --- the store ------------------------------------------------------------------------------------------------------
+    def assemble(self) -> None:
+        """What was put together in RAM goes into the file; rows that have not come yet are anything."""
+        if self.assembled is not None:
+            self.file.write(self.assembled.reshape(-1).data, self.start)
 
 
 class Store:
     """One run folder while it is written, by one run only. Raises `StoreError` for whatever the disk refuses."""
 
-    def __init__(self, folder: Path, lengths: np.ndarray, ram: int) -> None:
-        self._folder, self._ram, self._lock = folder, ram, -1
+    def __init__(self, folder: Path, lengths: np.ndarray, ram: int, check: Check) -> None:
+        self._folder, self._ram, self._check = folder, ram, check
         self._first_row = {  # of each prompt in a file's values, and one past the last
             "prompt": np.arange(len(lengths) + 1),
             "token": np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
         }
         self._outputs: dict[Record, _Output] = {}
         self._listed: dict[str, dict[str, Any]] = {}
-        self._records: list[dict[str, Any]] = []
-        self._artifacts: list[dict[str, Any]] = []
+        self._done: list[dict[str, Any]] = []
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="fpwap-commit")
-        self._publishing: deque[tuple[Sequence[_File], Future[None]]] = deque()
+        self._publishing: deque[tuple[Sequence[File], Future[None]]] = deque()
 
     @classmethod
-    def open(cls, folder: Path, lengths: np.ndarray, *, ram: int = 2**30) -> "Store":
-        """``folder`` exists and holds nothing but the journal's record.
+    def open(cls, folder: Path, lengths: np.ndarray, *, ram: int = 2**30, check: Check = lambda: None) -> "Store":
+        """``folder`` is the run's alone, and holds nothing but what the journal keeps in it.
 
         lengths: int64 ``[N]``, tokens of each prompt in input order. ram: bytes for per-prompt outputs that are
-        assembled in memory and written in one pass; what is beyond goes to disk row by row.
+        assembled in memory and written in one pass; what is beyond goes to disk row by row. check: raises if the run is
+        to stop, while the disk is waited for.
         """
-        store = cls(folder, lengths, ram)
+        store = cls(folder, lengths, ram, check)
         with reported(folder):
-            store._lock = os.open(folder, os.O_RDONLY)
-            try:
-                fcntl.flock(store._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                store.close()
-                raise StoreError(f"{folder}: another run is writing there; wait for it or give another out=") from None
-            except OSError:
-                pass  # a file system without locks
             for name in ("activations", "artifacts"):
                 (folder / name).mkdir(exist_ok=True)
             sync_folder(folder)
@@ -262,19 +211,25 @@ class Store:
         if record.file in self._listed or any(record.file == other.file for other in self._outputs):
             raise CallbackError(f"{record}: there are two outputs of this name; give one another name")
         plan = layout(record.tensors(*self._counts), str(record))
-        prompts, values = self._counts[0], plan.size - plan.starts["values"]
-        assembled = None
-        if record.per == "prompt" and values <= self._ram:
-            self._ram -= values
-            assembled = np.empty((prompts, record.row_bytes), np.uint8)
-        file = _File(self._folder / record.file, plan.size)
-        self._outputs[record] = _Output(
-            file, plan.starts["values"], np.zeros(prompts, np.uint8), np.empty((prompts, 16), np.uint8), assembled
-        )
+        prompts = self._counts[0]
+        file = File.made(self._partial(record.file), plan.size)
+        times, digests = np.zeros(prompts, np.uint8), np.empty((prompts, 16), np.uint8)
+        self._outputs[record] = _Output(file, plan.starts["values"], times, digests, self._room(record, plan))
         file.write(memoryview(plan.header), 0)
         file.reserve()
         if record.per == "token":
             file.write(self._first_row["token"].data.cast("B"), plan.starts["offsets"])
+
+    def _partial(self, name: str) -> Path:
+        return self._folder / f"{name}{PARTIAL}"
+
+    def _room(self, record: Record, plan: Layout) -> np.ndarray | None:
+        """Where an output is put together, if there is room."""
+        values = plan.size - plan.starts["values"]
+        if record.per != "prompt" or values > self._ram:
+            return None
+        self._ram -= values
+        return np.empty((self._counts[0], record.row_bytes), np.uint8)
 
     def write(self, record: Record, values: Tensor, sample_ids: Tensor) -> None:
         """Take some prompts' values; the caller may reuse them at once.
@@ -291,8 +246,8 @@ class Store:
         np.add.at(output.times, ids, 1)
         if (output.times[ids] > 1).any():
             again = ids[output.times[ids] > 1][0]
-            raise StoreError(f"{output.file.path}: {record}: sample {again} was written twice")
-        rows = as_bytes(values).reshape(len(ids), size)
+            raise StoreError(f"{self._folder / record.file}: {record}: sample {again} was written twice")
+        rows = np.asarray(bytes_of(values)).reshape(len(ids), size)
         output.digests[ids] = np.frombuffer(b"".join(xxh3_128_digest(row.data) for row in rows), np.uint8).reshape(
             -1, 16
         )
@@ -313,13 +268,13 @@ class Store:
             raise CallbackError(f"{where}: an artifact's meta must be JSON: {error}") from error
         tensors = {name: tensor.detach().cpu() for name, tensor in artifact.tensors.items()}
         plan = layout({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, where)
-        parts = memoryview(plan.header), *(as_bytes(tensors[name]).data for name in plan.starts)
+        parts = memoryview(plan.header), *(bytes_of(tensors[name]) for name in plan.starts)
         entry = self._put(file, *parts, later=True)
-        self._artifacts.append({"layer": layer, "hook": hook, "name": artifact.name, **entry, "meta": meta})
+        self._done.append({"layer": layer, "hook": hook, "name": artifact.name, **entry, "meta": meta})
 
     def put_json(self, name: str, value: object) -> None:
         """Write one of the run's own records, such as ``profile.json``."""
-        self._put(name, memoryview(_json(value)))
+        self._put(name, as_json(value))
 
     def _put(self, name: str, *parts: memoryview, later: bool = False) -> dict[str, Any]:
         """Write a whole file; returns its name, size and digest as the manifest holds them.
@@ -327,7 +282,7 @@ class Store:
         later: it gets its name by the next `settle`.
         """
         digest, at = xxh3_128(), 0
-        file = _File(self._folder / name, sum(part.nbytes for part in parts))
+        file = File.made(self._partial(name), sum(part.nbytes for part in parts))
         try:
             for part in parts:
                 file.write(part, at)
@@ -353,36 +308,31 @@ class Store:
         for record, output in done.items():
             missing = np.flatnonzero(output.times == 0)
             if len(missing):
-                path, first = output.file.path, missing[0]
+                path, first = self._folder / record.file, missing[0]
                 raise StoreError(f"{path}: {record}: {len(missing)} prompts were never written, first sample {first}")
         for record, output in done.items():
-            if output.assembled is not None:
-                output.file.write(output.assembled.reshape(-1).data, output.start)
-                self._ram += output.assembled.nbytes
+            output.assemble()
+            self._ram += 0 if output.assembled is None else output.assembled.nbytes
             del self._outputs[record]
-            entry = {
-                "file": record.file,
-                "bytes": output.file.needed,
-                "digest": xxh3_128_hexdigest(output.digests.data),
-            }
-            about = {"variant": None, "layer": record.layer, "hook": record.hook, "name": record.name}
-            shape = {"per": record.per, "rest": record.rest, "dtype": str(record.dtype).removeprefix("torch.")}
+            size, digest = output.file.needed, xxh3_128_hexdigest(output.digests.data)
             rows = int(self._first_row[record.per][-1])
-            self._records.append({**about, **shape, "rows": rows, **entry})
-            self._listed[record.file] = entry
+            self._done.append({**record.about, "rows": rows, "file": record.file, "bytes": size, "digest": digest})
+            self._listed[record.file] = _listing(self._done[-1])
         if done:
             self._publish_later([output.file for output in done.values()])
 
-    def _publish_later(self, files: Sequence[_File]) -> None:
+    def _publish_later(self, files: Sequence[File]) -> None:
         self._publishing.append((files, self._publisher.submit(self._publish, files)))
 
     @staticmethod
-    def _publish(files: Sequence[_File]) -> None:
+    def _publish(files: Sequence[File]) -> None:
         for file in files:
-            file.publish()
+            file.sync()
+            file.close()
+            with reported(file.path):
+                os.rename(file.path, file.path.with_suffix(""))
         for folder in {file.path.parent for file in files}:
-            with reported(folder):
-                sync_folder(folder)
+            sync_folder(folder)
 
     def settle(self, *, most: int = 0) -> None:
         """What was committed is on disk under its name, but for the ``most`` last commits. Raises `StoreError`.
@@ -390,9 +340,65 @@ class Store:
         Files that wait hold a descriptor each, so a slow disk must not let them pile up.
         """
         while len(self._publishing) > most:
-            _, published = self._publishing[0]
-            published.result()
+            patiently(self._publishing[0][1], self._check)
             self._publishing.popleft()
+
+    # --- for a run that goes on later ---
+
+    def state(self, keep: Callable[[Tensor], Any]) -> list[dict[str, Any]]:
+        """The open outputs, JSON, as they are now. keep: is given a tensor, which may change afterwards, and gives what
+        stands for it.
+        """
+        found = []
+        for record, output in self._outputs.items():
+            written = {"times": keep(torch.from_numpy(output.times)), "digests": keep(torch.from_numpy(output.digests))}
+            file = {"file": f"{record.file}{PARTIAL}", "bytes": output.file.needed}
+            found.append({**record.about, **file, **written})
+        return found
+
+    def done(self, since: int) -> list[dict[str, Any]]:
+        """What was committed, outputs and artifacts, behind the first ``since``: JSON with "file" and "bytes"."""
+        return self._done[since:]
+
+    def restore(
+        self, done: Iterable[Mapping[str, Any]], state: Sequence[Mapping[str, Any]], fetch: Callable[[Any], Tensor]
+    ) -> dict[str, Record]:
+        """Goes on from where `done` and `state` said these things. Returns the records that are open, by their files.
+
+        fetch: from what stands for a tensor to the tensor.
+        """
+        self._done = [dict(entry) for entry in done]
+        self._listed = {entry["file"]: _listing(entry) for entry in self._done}
+        found = {}
+        for entry in state:
+            record = Record.of(entry)
+            plan = layout(record.tensors(*self._counts), str(record))
+            file = File.found(self._partial(record.file), plan.size)
+            times, digests = fetch(entry["times"]).numpy(), fetch(entry["digests"]).numpy()
+            room = self._room(record, plan)
+            self._outputs[record] = _Output(file, plan.starts["values"], times, digests, room)
+            if room is not None:
+                file.read(room.reshape(-1).data, plan.starts["values"])
+            found[record.file] = record
+        return found
+
+    def save(self, afterwards: Callable[[], None]) -> "Future[None]":
+        """Later all that was written up to now is on the disk, and then ``afterwards`` is called.
+
+        On the thread on which files get their names, behind those that were committed before. What it raises comes out
+        of the next `settle` too.
+        """
+        outputs = list(self._outputs.values())
+
+        def save() -> None:
+            for output in outputs:
+                output.assemble()
+                output.file.sync()
+            sync_folder(self._folder / "activations")
+            afterwards()
+
+        self._publishing.append(((), self._publisher.submit(save)))
+        return self._publishing[-1][1]
 
     def finish(self, manifest: Mapping[str, Any], ids: np.ndarray) -> None:
         """Write the prompts and, last, the manifest: from now on the folder is a result.
@@ -416,16 +422,17 @@ class Store:
                 self._listed[REQUEST] = {"file": REQUEST, "bytes": len(raw), "digest": xxh3_128_hexdigest(raw)}
         written = {
             "prompts": {"count": prompts, "tokens": tokens, **entry},
-            "records": sorted(self._records, key=_order),
-            "artifacts": sorted(self._artifacts, key=_order),
+            "records": sorted((entry for entry in self._done if "meta" not in entry), key=_order),
+            "artifacts": sorted((entry for entry in self._done if "meta" in entry), key=_order),
             "files": [self._listed[name] for name in sorted(self._listed) if "/" not in name and name != PROMPTS],
         }
         own = {"format": FORMAT, "format_version": FORMAT_VERSION}
-        self._put(MANIFEST, memoryview(sealed({**own, **manifest, **written})))
+        self._put(MANIFEST, sealed({**own, **manifest, **written}))
 
     def close(self) -> None:
-        """Let go of all files, finished or not; may be called again. What was committed still gets its name."""
-        self._publisher.shutdown(wait=True)
+        """Let go of all files, finished or not; may be called again. What was committed yet gets its name, in time."""
+        wait([future for _, future in self._publishing], GRACE)
+        self._publisher.shutdown(wait=True, cancel_futures=True)
         for files, _ in self._publishing:
             for file in files:
                 file.close()
@@ -433,9 +440,11 @@ class Store:
         for output in self._outputs.values():
             output.file.close()
         self._outputs.clear()
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+
+
+def _listing(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what is said of a file, its name, size and digest."""
+    return {name: entry[name] for name in ("file", "bytes", "digest")}
 
 
 def _order(entry: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -8,7 +8,9 @@ import contextlib
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -21,10 +23,13 @@ from torch import Tensor
 from archs.batch import Attention
 
 from . import identity, journal
+from .callbacks import base
 from .callbacks.base import Callback
+from .commits import Commits, Uncommitted
+from .costs import Way
 from .device import Device, open_device
 from .engine import Parts, sweep
-from .errors import RequestError
+from .errors import RequestError, StoreError
 from .interrupt import Interruptible
 from .machine import kept_pages, many_files
 from .meter import Meter
@@ -37,6 +42,7 @@ from .prompts import Prompts, TokenTable, ingest
 from .reference import HFLayers
 from .residual import open_residual
 from .result import Result
+from .schedule import START
 from .store import Record, Store
 from .taps import Blame, Taps
 from .watch import Unwatched, Watch, choose
@@ -47,8 +53,10 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "truncation": ("error", "left", "right"),
     "residual": ("auto", "device", "ram", "disk"),
     "loading": ("auto", "resident", "stream"),
+    "resume": ("auto", "never", "require"),
 }
 MICROBATCH_SIZE = 16
+unresumable = getattr(base, "unresumable", lambda callback: None)
 
 
 class Sweep:
@@ -70,7 +78,9 @@ class Sweep:
     together while the weights are streamed. Left at "auto", the plan chooses all three by what is free and what it
     takes. attn_implementation: "sdpa", "eager", None: the family's default. verify: compare with Hugging Face at every
     layer while it runs, on a few prompts (`fpwap.watch`); needs transformers. progress: a bar, nothing, or a callable
-    that gets `ProgressEvent`s.
+    that gets `ProgressEvent`s. resume: an unfinished run of this request in ``out`` is gone on with ("auto"), begun
+    again ("never"), or has to be there ("require"). allow: what of the environment may differ from that run's: "torch",
+    "device", "processor", "cpu_capability", "threads"; bits may then differ from those of an undisturbed run.
 
     Raises `RequestError` for arguments that are wrong in themselves; `preflight` and `run` raise the other
     `FpwapError`s.
@@ -100,8 +110,16 @@ class Sweep:
         attn_implementation: Attention | None = None,
         verify: bool = False,
         progress: bool | Callable[[ProgressEvent], None] = True,
+        resume: journal.Resume = "auto",
+        allow: Collection[str] = (),
     ) -> None:
-        given = {"batching": batching, "truncation": truncation, "residual": residual, "loading": loading}
+        given = {
+            "batching": batching,
+            "truncation": truncation,
+            "residual": residual,
+            "loading": loading,
+            "resume": resume,
+        }
         for name, value in given.items():
             if value not in CHOICES[name]:
                 raise RequestError(f"{name} must be one of {', '.join(CHOICES[name])}, not {value!r}")
@@ -131,6 +149,12 @@ class Sweep:
         self._dataset, self._progress, self._verify = dataset, progress, verify
         self._ingested: Prompts | Exception | None = None
         self._out = None if out is None else Path(out)
+        if resume == "require" and out is None:
+            raise RequestError("resume='require' needs the out= of the run to go on with")
+        unknown = [allow] if isinstance(allow, str) else [name for name in allow if name not in identity.ENVIRONMENT]
+        if unknown:
+            raise RequestError(f"allow lists some of {', '.join(identity.ENVIRONMENT)}, not {unknown[0]!r}")
+        self._resume, self._allow = resume, tuple(allow)
         self._request = Request(
             model=str(model),
             seq_len=seq_len,
@@ -158,35 +182,29 @@ class Sweep:
         """
         return self._prepared.plan
 
-    def run(self) -> Result:
-        """Executes the plan. A finished identical run in ``out`` is opened instead.
+    def run(self, *, command: Mapping[str, Any] | None = None) -> Result:
+        """Executes the plan. A finished identical run in ``out`` is opened instead, an unfinished one is gone on with.
 
-        Raises `RequestError` if the plan is not feasible, `Interrupted` on SIGINT or SIGTERM.
+        command: JSON, kept in ``run.json`` for ``fpwap resume``. Raises `RequestError` if the plan is not feasible,
+        `StoreError` if ``out`` belongs to another run, `Interrupted` on SIGINT or SIGTERM.
         """
         device = open_device(to_device(self._request.device))
         recorder = Recorder(device)
         with recorder.span("plan"):
             ready = fetch(self._prepared)
             own = identity.identity(self._request, ready, self._callbacks)
-            finished = self._out is not None and journal.is_finished(self._out, own)
+            finished = self._out is not None and journal.is_finished(self._out, own, allow=self._allow)
         if self._out is not None and finished:
             unknown = identity.opaque(own)
             if unknown is not None:
                 raise RequestError(f"whether {self._out} holds this run cannot be told: {unknown}; give another out=")
             return self._opened(self._out)
-        if not ready.plan.feasible:
-            raise RequestError("; ".join(ready.plan.blockers))
-        with recorder.span("verify"):
-            watcher = self._watch(ready) if self._verify else Unwatched()
-        for callback in self._callbacks:
-            with recorder.span("callback"), Blame(callback, "on_sweep_start"):
-                callback.on_sweep_start(ready.context)
         if self._out is not None:
-            self._run_in(self._out, ready, own, device, recorder, watcher)
+            self._run_in(self._out, ready, own, device, recorder, command)
             return self._opened(self._out)
         folder = Path(tempfile.mkdtemp(prefix="fpwap-"))
         try:
-            self._run_in(folder, ready, own, device, recorder, watcher)
+            self._run_in(folder, ready, own, device, recorder, None)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -253,19 +271,66 @@ class Sweep:
         own: dict[str, Any],
         device: Device,
         recorder: Recorder,
-        watcher: Watch | Unwatched,
+        command: Mapping[str, Any] | None,
     ) -> None:
         """Leaves a finished run of this identity in ``folder``."""
-        plan, model = ready.plan, ready.model
+        resume: journal.Resume = "never" if identity.opaque(own) is not None else self._resume
+        with journal.Journal.open(folder, own, resume=resume, allow=self._allow) as held:
+            if held.finished:  # by another process, since `run` looked
+                return
+            if held.records:
+                before = Way.from_json(held.records[0]["way"])
+                ready = replace(ready, plan=ready.plan.like(before))
+            if not ready.plan.feasible:
+                raise RequestError("; ".join(ready.plan.blockers))
+            with recorder.span("verify"):
+                watcher = self._watch(ready) if self._verify else Unwatched()
+            for callback in self._callbacks:
+                with recorder.span("callback"), Blame(callback, "on_sweep_start"):
+                    callback.on_sweep_start(ready.context)
+            lasting = self._out is not None and self._is_lasting(ready.plan, own)
+            held.begin(command)
+            try:
+                self._sweep(held, ready, own, device, recorder, watcher, lasting=lasting)
+            except StoreError as error:
+                raise _advised(error, held) from error.__cause__
+        for callback in self._callbacks:  # the result is complete, whatever happens here
+            with Blame(callback, "on_sweep_end"):
+                callback.on_sweep_end()
+
+    def _is_lasting(self, plan: Plan, own: dict[str, Any]) -> bool:
+        """Whether the run can be gone on with if it is interrupted; says so if it cannot."""
+        reasons = [reason for callback in self._callbacks if (reason := unresumable(callback)) is not None]
+        reasons += [reason for reason in (identity.opaque(own), plan.unsaved) if reason is not None]
+        if self._verify:
+            reasons.append("verify=True follows it from its beginning")
+        for reason in reasons[:1]:
+            warnings.warn(f"this run cannot be gone on with if it is interrupted: {reason}", stacklevel=4)
+        return not reasons
+
+    def _sweep(
+        self,
+        held: journal.Journal,
+        ready: Prepared,
+        own: dict[str, Any],
+        device: Device,
+        recorder: Recorder,
+        watcher: Watch | Unwatched,
+        *,
+        lasting: bool,
+    ) -> None:
+        """From what the journal holds to a finished run. lasting: what is done is committed on the way."""
+        plan, model, folder = ready.plan, ready.model, held.folder
         with contextlib.ExitStack() as opened:
             with recorder.span("finish"):  # opening and closing the parts
                 opened.enter_context(kept_pages())
                 opened.enter_context(many_files())
                 stop = opened.enter_context(Interruptible())
                 meter = Meter(device.torch, folder)
-                if journal.claim(folder, own) == "finished":  # by another process, since `run` looked
-                    return
-                store = Store.open(folder, ready.prompts.lengths, ram=plan.pooled_bytes)
+                widths, scratch = {"residual": model.config.hidden}, folder / journal.SCRATCH
+                residual = open_residual(plan.tier, plan.residual_rows, widths, plan.dtype, device, scratch, stop.check)
+                opened.callback(residual.close)
+                store = Store.open(folder, ready.prompts.lengths, ram=plan.pooled_bytes, check=stop.check)
                 opened.callback(store.close)
 
                 def write(record: Record, values: Tensor, sample_ids: Tensor) -> None:
@@ -274,14 +339,35 @@ class Sweep:
 
                 outbox = Outbox(write, device, ring_bytes=RING)
                 opened.callback(outbox.close)
-                widths, scratch = {"residual": model.config.hidden}, folder / "scratch"
-                residual = open_residual(plan.tier, plan.residual_rows, widths, plan.dtype, device, scratch)
-                opened.callback(residual.close)
                 table, rows = _by_rows(ready)
+                taps = Taps(
+                    self._callbacks,
+                    ready.targets.bound,
+                    prompts=plan.prompts,
+                    last=ready.targets.last,
+                    declare=store.declare,
+                    write=outbox.put,
+                    span=recorder.span,
+                    check=stop.check,
+                    device=device,
+                )
+                commits = Commits(
+                    journal=held,
+                    store=store,
+                    taps=taps,
+                    residual=residual,
+                    callbacks=self._callbacks,
+                    way=plan.way,
+                    flush=outbox.flush,
+                    expected_s=plan.commit_s,
+                )
+                start = commits.restore()
+                if not lasting:
+                    held.forget()
                 weights = Weights(
                     ready.checkpoint,
                     ready.layout,
-                    plan.schedule.loads(),
+                    plan.schedule.loads(start),
                     loading=plan.loading,
                     ring=plan.ring,
                     streamed=plan.schedule.streamed,
@@ -293,19 +379,8 @@ class Sweep:
                     moved=lambda size, seconds: recorder.count("weights", size, seconds),
                 )
                 opened.callback(weights.close)
-                progress = Progress(self._progress, len(plan.schedule))
+                progress = Progress(self._progress, len(plan.schedule), plan.schedule.behind(start))
                 opened.callback(progress.close)
-            taps = Taps(
-                self._callbacks,
-                ready.targets.bound,
-                prompts=plan.prompts,
-                last=ready.targets.last,
-                declare=store.declare,
-                write=outbox.put,
-                span=recorder.span,
-                check=stop.check,
-                device=device,
-            )
             sweep(
                 Parts(
                     plan=plan,
@@ -320,6 +395,8 @@ class Sweep:
                     recorder=recorder,
                     progress=progress,
                     watcher=watcher,
+                    commits=commits if lasting else Uncommitted(),
+                    start=start,
                 )
             )
             with recorder.span("commit"):
@@ -332,11 +409,19 @@ class Sweep:
                     part.close()
             profile = recorder.finish(prompts=plan.prompts, tokens=plan.tokens, predicted=plan.phases, peaks=peaks)
             store.put_json("profile.json", profile.to_json())
-            store.finish(identity.manifest(own, plan) | watcher.certificate(), ready.prompts.ids)
-            learn(plan, profile)
-        for callback in self._callbacks:  # the result is complete, whatever happens here
-            with Blame(callback, "on_sweep_end"):
-                callback.on_sweep_end()
+            store.finish(identity.manifest(held.identity, plan, own) | watcher.certificate(), ready.prompts.ids)
+            if start == START:
+                learn(plan, profile)
+
+
+def _advised(error: StoreError, held: journal.Journal) -> StoreError:
+    """The same, with what is left of the run."""
+    if not held.records:
+        return error
+    _, group, done = held.records[-1]["point"]
+    layers = [stage for stages in Way.from_json(held.records[0]["way"]).schedule.groups[:group] for stage in stages]
+    words = f"up to {'layer ' + layers[-1].label if layers else f'{done} microbatches of the first layers'}"
+    return StoreError(f"{error}; what is committed, {words}, is kept: run again to go on from there")
 
 
 def _by_rows(ready: Prepared) -> tuple[TokenTable, NDArray[np.int64] | None]:

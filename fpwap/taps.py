@@ -10,10 +10,10 @@ rows are finite is sent to the host and looked at by `settle`. Files, weights an
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from einops import rearrange
@@ -103,6 +103,7 @@ class Taps:
                 for site in own:
                     if callback.phase == phase:
                         self._at.setdefault(site, []).append(callback)
+        self._started: list[int | None] = []  # layers that have not ended
         self._records: dict[tuple[int, Site, str | None], Record] = {}
         self._emitted: Counter[Record] = Counter()
 
@@ -125,7 +126,10 @@ class Taps:
                 yield callback, at_layer
 
     def start_layer(self, layer: int | None) -> None:
-        """`on_layer_start` of everybody who targets it; None stands for the model-level hooks."""
+        """`on_layer_start` of everybody who targets it, once; None stands for the model-level hooks."""
+        if layer in self._started:
+            return
+        self._started.append(layer)
         for callback, sites in self._of_layer(layer):
             with self.span("callback"), Blame(callback, "on_layer_start", sites[0]):
                 callback.on_layer_start(layer)
@@ -145,7 +149,37 @@ class Taps:
                 made = callback.on_layer_end(layer)
                 for artifact in [made] if isinstance(made, LayerArtifact) else list(made or ()):
                     artifacts.append((_site_of(artifact, sites), artifact))
+        self._started.remove(layer)
         return artifacts
+
+    # --- for a run that goes on later ---
+
+    def state(self, keep: Callable[[Any], Any]) -> dict[str, Any]:
+        """What the layers that have not ended have come to, JSON. keep: is given a callback's state, and gives JSON."""
+        states = []
+        for index, (callback, own) in enumerate(zip(self._callbacks, self._sites, strict=True)):
+            for site in (site for site in own if site[0] in self._started):
+                with self.span("callback"), Blame(callback, "state_dict", site):
+                    states.append([index, *site, keep(callback.state_dict(*site))])
+        emitted = [
+            [index, name, record.file, self._emitted[record]]
+            for (index, site, name), record in self._records.items()
+            if site[0] in self._started
+        ]
+        return {"layers": list(self._started), "emitted": emitted, "states": states}
+
+    def restore(self, state: Mapping[str, Any], records: Mapping[str, Record], fetch: Callable[[Any], Any]) -> None:
+        """Goes on from where `state` said this. records: the store's, by file. fetch: what ``keep`` was given."""
+        for layer in state["layers"]:
+            self.start_layer(layer)
+        for index, name, file, count in state["emitted"]:
+            record = records[file]
+            self._records[index, record.site, name] = record
+            self._emitted[record] = count
+        for index, layer, hook, kept in state["states"]:
+            callback = self._callbacks[index]
+            with self.span("callback"), Blame(callback, "load_state_dict", (layer, hook)):
+                callback.load_state_dict(layer, hook, fetch(kept))
 
     # --- one call of one callback ---
 
