@@ -1,4 +1,4 @@
-"""The command line: ``fpwap run``, ``plan``, ``inspect``, ``verify``, ``models``, ``demo``.
+"""The command line: ``fpwap run``, ``resume``, ``plan``, ``inspect``, ``verify``, ``models``, ``demo``.
 
 Options become the arguments of a `fpwap.Sweep`, and what the library raises becomes one line on stderr and an exit
 status: 0 done, 1 the plan is not feasible, 2 an error, 128 + n stopped by signal n. Heavy modules are imported by the
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .sweep import Sweep
 
 INFEASIBLE, FAILED = 1, 2
+ALLOW = "what may differ from the machine that began: torch, device, processor, cpu_capability, threads"
 
 EXAMPLE = """\
 example: the last token's residual stream after three layers, for every line of a file
@@ -57,7 +58,10 @@ def _command(argv: Sequence[str]) -> int:
     except KeyboardInterrupt as error:
         signum = error.signum if isinstance(error, Interrupted) else signal.SIGINT
         name = signal.Signals(signum).name
-        print(f"fpwap: stopped by {name} before it was done; the same command begins again", file=sys.stderr)
+        print(
+            f"fpwap: stopped by {name} before it was done; the same command goes on from what was committed",
+            file=sys.stderr,
+        )
         return 128 + signum
     return status
 
@@ -86,6 +90,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_request(run, out_required=True)
     run.add_argument("--quiet", action="store_true", help="print nothing but errors")
     run.set_defaults(command=_run)
+
+    resume = commands.add_parser("resume", help="go on with a run that was interrupted, as it was asked for")
+    resume.add_argument("folder", metavar="DIR", help="the --out of that run")
+    resume.add_argument("--memory", metavar="SIZE", help="RAM that it may take from now on; default: as before")
+    resume.add_argument("--allow", metavar="NAME,...", type=_names, default=(), help=ALLOW)
+    resume.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    resume.set_defaults(command=_resume)
 
     plan = commands.add_parser("plan", help="say what a run would take, and whether it fits; exit status 1 if not")
     _add_request(plan, out_required=False)
@@ -190,6 +201,16 @@ def _add_request(parser: argparse.ArgumentParser, *, out_required: bool) -> None
         help="layers that stand in memory together where they are streamed; default: auto, as few as cost no time",
     )
 
+    again = parser.add_argument_group("a run in --out that was interrupted")
+    add = again.add_argument
+    add(
+        "--resume",
+        choices=("auto", "never", "require"),
+        default="auto",
+        help="auto: it is gone on with; never: begun again; require: it has to be there",
+    )
+    add("--allow", metavar="NAME,...", type=_names, default=(), help=ALLOW)
+
 
 def _joined(argv: Sequence[str]) -> list[str]:
     """``--layers -1,4`` as ``--layers=-1,4``: argparse takes a value that begins with a dash for an option."""
@@ -221,6 +242,10 @@ def _count_or_auto(value: str) -> str | int:
     if value != "auto" and not re.fullmatch(r"\d+", value):
         raise argparse.ArgumentTypeError(f"{value!r} is neither 'auto' nor a number of layers such as 4")
     return value if value == "auto" else int(value)
+
+
+def _names(value: str) -> tuple[str, ...]:
+    return tuple(value.split(","))
 
 
 def _hooks(value: str) -> list[str]:
@@ -272,6 +297,8 @@ def _asked(options: argparse.Namespace, *, progress: bool) -> Iterator["Sweep"]:
             residual=options.residual,
             attn_implementation=options.attn_implementation,
             layers_per_visit=options.layers_per_visit,
+            resume=options.resume,
+            allow=options.allow,
             verify=options.verify,
             progress=progress,
         )
@@ -290,7 +317,7 @@ def _run(options: argparse.Namespace) -> int:
         plan = sweep.preflight()
         if not options.quiet:
             print(plan.summary(), flush=True)
-        result = sweep.run()
+        result = sweep.run(command=_kept(options))
     if not options.quiet:
         records, profile = result.manifest["records"], result.profile
         print(f"result     {result.path}: {len(records)} outputs, {size(sum(e['bytes'] for e in records))}")
@@ -302,6 +329,25 @@ def _run(options: argparse.Namespace) -> int:
                 f"{profile.throughput_tok_per_s():,.0f} tokens/s; fpwap inspect {result.path} shows where it went"
             )
     return 0
+
+
+def _kept(options: argparse.Namespace) -> dict[str, Any]:
+    """The options as JSON, for `_resume`: paths from the root, since it may be asked from another folder."""
+    local = Path(options.model).exists()
+    paths = {"prompts": str(options.prompts.absolute())}
+    paths |= {"model": str(Path(options.model).absolute())} if local else {}
+    left_out = ("command", "out", "quiet", "resume", "allow")
+    return {name: value for name, value in vars(options).items() if name not in left_out} | paths
+
+
+def _resume(options: argparse.Namespace) -> int:
+    from .journal import command_of
+
+    kept = dict(command_of(Path(options.folder)))
+    kept["prompts"] = Path(kept["prompts"])
+    for name, value in {"memory": options.memory, "quiet": options.quiet, "allow": options.allow}.items():
+        kept[name] = kept.get(name) if value is None else value
+    return _run(argparse.Namespace(**kept, out=options.folder, resume="require"))
 
 
 def _plan(options: argparse.Namespace) -> int:

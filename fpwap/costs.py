@@ -256,6 +256,13 @@ def worth_pooling(costs: Costs, way: Way) -> int:
     return min(POOLED, alive(costs, way, {stage: cost.pooled for stage, cost in costs.stages.items()}))
 
 
+def saved(costs: Costs, way: Way) -> int:
+    """Bytes that a commit writes, besides outputs: callbacks' state, and the residual stream if it lies in memory."""
+    states = alive(costs, way, {stage: cost.states for stage, cost in costs.stages.items()})
+    in_memory = not way.one_visit and way.tier != "disk"
+    return states + (costs.width * _longest(costs.rows, way.schedule.waves) if in_memory else 0)
+
+
 def _weights(costs: Costs, way: Way) -> int:
     """The slots of the ring, stage i in slot ``i % ring``, and two of what is streamed."""
     mapped = way.loading == "resident" and not costs.on_device

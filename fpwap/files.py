@@ -49,8 +49,8 @@ class File:
 
     @classmethod
     def made(cls, path: Path, needed: int, what: str = "") -> "File":
-        """A new one, in place of what had the name."""
-        return cls._opened(path, needed, what, os.O_CREAT | os.O_TRUNC)
+        """A new one. Raises `StoreError` if there is one of this name."""
+        return cls._opened(path, needed, what, os.O_CREAT | os.O_EXCL)
 
     @classmethod
     def kept(cls, path: Path, needed: int, what: str = "") -> "File":

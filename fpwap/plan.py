@@ -35,6 +35,7 @@ from .costs import (
     head_fill,
     head_sizes,
     needs,
+    saved,
     steps_up_to,
     worth_pooling,
 )
@@ -210,23 +211,14 @@ class Plan(Known):
         return max(int(self.costs.rows[wave.start : wave.stop].sum()) for wave in self.schedule.waves)
 
     @property
-    def _saved_bytes(self) -> int:
-        """What a commit writes, besides outputs: callbacks' state, and the residual stream where it lies in memory."""
-        stream = 0 if self.tier == "disk" else self.residual_rows * self.costs.width
-        return stream + self._of(STATES)
-
-    @property
     def commit_s(self) -> float:
         """Seconds that a commit takes of the maths, about."""
-        return self._saved_bytes / self.rates.disk_write + self.rates.commit_s
+        return saved(self.costs, self.way) / self.rates.disk_write + self.rates.commit_s
 
     @property
     def unsaved(self) -> str | None:
         """Why nothing can be committed on the way, in words; None if it can."""
-        free, needed = self.disk_free - self.disk_bytes, 2 * self._saved_bytes
-        if needed <= free:
-            return None
-        return f"there is no room on the disk for what it would go on from: {size(needed)}, and {size(free)} are free"
+        return _unsaved(self.costs, self.way, self.needs, self.budgets)
 
     @property
     def weights_bytes(self) -> int:
@@ -422,7 +414,7 @@ def make_plan(
         times = pace.times(way)
         blockers = tuple(_blockers(way, need, lack, budgets, wanted))
     shown = {name: getattr(known, name) for name in Known.__dataclass_fields__}
-    shown["warnings"] = (*known.warnings, *_warnings(costs, way, times, budgets))
+    shown["warnings"] = (*known.warnings, *_warnings(costs, way, need, times, budgets))
     return Plan(
         **shown,
         loading=way.loading,
@@ -578,8 +570,21 @@ class _Search:
         return replace(way, schedule=replace(schedule, chunks=chunks, head_chunks=heads))
 
 
-def _warnings(costs: Costs, way: Way, times: Times, budgets: Budgets) -> Iterator[str]:
+def _unsaved(costs: Costs, way: Way, need: Needs, budgets: Budgets) -> str | None:
+    """Why a run cannot be gone on with: two commits' bytes have no room. None if it can."""
+    needed, free = 2 * saved(costs, way), budgets.disk - need.totals[2]
+    if needed <= free:
+        return None
+    return (
+        f"if it is interrupted, the run cannot be gone on with: what that takes ({size(needed)}) has no room on the "
+        f"disk ({size(max(0, free))} free)"
+    )
+
+
+def _warnings(costs: Costs, way: Way, need: Needs, times: Times, budgets: Budgets) -> Iterator[str]:
     waves = len(way.schedule.waves)
+    if not need.totals[2] > budgets.disk and (unsaved := _unsaved(costs, way, need, budgets)) is not None:
+        yield unsaved
     if waves > 1:
         more = (waves - 1) * times.weights_s
         yield (

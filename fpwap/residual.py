@@ -222,7 +222,7 @@ class OnDisk:
         self._blocks: dict[tuple[str, int], _Blocks] = {(name, side): {} for name in widths for side in (0, 1)}
 
         try:
-            with reported(folder):
+            with reported(folder, 2 * rows * sum(widths.values()) * dtype.itemsize, WHAT):
                 folder.mkdir(parents=True, exist_ok=True)
             for name, side in self._blocks:
                 path, size = _path(folder, name, side), rows * widths[name] * dtype.itemsize

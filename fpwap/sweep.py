@@ -299,14 +299,12 @@ class Sweep:
                 callback.on_sweep_end()
 
     def _is_lasting(self, plan: Plan, own: dict[str, Any]) -> bool:
-        """Whether the run can be gone on with if it is interrupted; says so if it cannot."""
+        """Whether the run can be gone on with if it is interrupted; says so if a callback is why it cannot."""
         reasons = [reason for callback in self._callbacks if (reason := unresumable(callback)) is not None]
-        reasons += [reason for reason in (identity.opaque(own), plan.unsaved) if reason is not None]
-        if self._verify:
-            reasons.append("verify=True follows it from its beginning")
+        reasons += [reason] if (reason := identity.opaque(own)) is not None else []
         for reason in reasons[:1]:
             warnings.warn(f"this run cannot be gone on with if it is interrupted: {reason}", stacklevel=4)
-        return not reasons
+        return not reasons and not self._verify and plan.unsaved is None
 
     def _sweep(
         self,

@@ -127,6 +127,7 @@ def test_every_option_reaches_the_sweep(prompts: Path, monkeypatch: pytest.Monke
         "device": "cuda",
         "residual": "disk",
         "loading": "stream",
+        "resume": "never",
     }
     words |= {"layers_per_visit": 4, "out": "there", "memory": "3GB"}
     words |= {"device_memory": "2GB", "disk": "1TB"}
@@ -134,10 +135,12 @@ def test_every_option_reaches_the_sweep(prompts: Path, monkeypatch: pytest.Monke
     assert (
         main(
             ["plan", "some/model", "--prompts", str(prompts), "--layers", "-1", "--hooks", "q,z", "--verify", *options]
+            + ["--allow", "torch,threads"]
         )
         == 0
     )
     first, second = asked.pop("callbacks")
+    words["allow"] = ("torch", "threads")
     assert asked == {"model": "some/model", "progress": False, "verify": True, **words}
     assert (first.target_layers, first.target_hooks, first.positions) == ([-1], ("q",), "last")
     assert (second.target_layers, second.target_hooks, second.positions) == ([-1], ("z",), "last")
@@ -493,7 +496,7 @@ def test_a_stopped_run_says_so_and_can_be_begun_again(
     with monkeypatch.context() as patch:
         patch.setattr(RawActivations, "on_batch", on_batch)
         assert main(command) == 128 + signum
-    said = f"fpwap: stopped by {signum.name} before it was done; the same command begins again\n"
+    said = f"fpwap: stopped by {signum.name} before it was done; the same command goes on from what was committed\n"
     assert capsys.readouterr() == ("", said)
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert main(command) == 0
@@ -522,7 +525,7 @@ def test_ctrl_c_while_prompts_are_read(model: Path) -> None:
         process.stdin.write(b'{"input_ids": [1, 2, 3]}\n' * 20_000)  # more than a pipe holds: it is being read
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=100)
-    said = b"fpwap: stopped by SIGINT before it was done; the same command begins again\n"
+    said = b"fpwap: stopped by SIGINT before it was done; the same command goes on from what was committed\n"
     assert (process.returncode, err) == (130, said)
 
 

@@ -104,7 +104,8 @@ def test_what_has_no_identity_is_never_taken_for_a_finished_run(model: Path, tmp
     def closure(value: float) -> Callable[[], float]:
         return lambda: value
 
-    sweep(model, tmp_path / "out", callbacks=[Scaled(closure(1.0))]).run()
+    with pytest.warns(UserWarning, match="cannot be gone on with if it is interrupted.*scale"):
+        sweep(model, tmp_path / "out", callbacks=[Scaled(closure(1.0))]).run()
     with pytest.raises(RequestError, match="scale"):
         sweep(model, tmp_path / "out", callbacks=[Scaled(closure(2.0))]).run()
 

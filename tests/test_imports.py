@@ -15,7 +15,19 @@ FOREIGN = {"transformers", "accelerate"}
 EXTRAS = {"tokenizers", "matplotlib"}
 
 OUTER = {
-    *("__init__", "__main__", "calibrate", "cli", "commits", "counting", "demo", "draft", "engine", "identity", "prepare"),
+    *(
+        "__init__",
+        "__main__",
+        "calibrate",
+        "cli",
+        "commits",
+        "counting",
+        "demo",
+        "draft",
+        "engine",
+        "identity",
+        "prepare",
+    ),
     *("result", "sweep", "text", "verify", "watch"),
 }
 """May import parts."""

@@ -282,7 +282,8 @@ def test_a_stream_that_fits_nowhere_goes_in_waves() -> None:
     waves = len(plan.schedule.waves)
     assert 1 < waves < 64
     assert plan.weights_bytes == waves * sum(cost.stored for cost in request.stages.values())
-    (warning,) = plan.warnings
+    unsaved, warning = plan.warnings
+    assert "cannot be gone on with" in unsaved
     assert f"{waves} waves" in warning
     assert "128 MB of free disk make it one" in warning
     assert len(plan.again(budgets=dataclasses.replace(tight, disk=200 * MB)).schedule.waves) == 1

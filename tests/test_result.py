@@ -19,10 +19,11 @@ from torch.nn.utils.rnn import pad_sequence
 from fpwap import result
 from fpwap.callbacks.base import LayerArtifact
 from fpwap.errors import RequestError, StoreError
-from fpwap.journal import claim
+from fpwap.files import sealed
+from fpwap.journal import Journal
 from fpwap.profile import Profile
 from fpwap.result import Ragged, Result
-from fpwap.store import Record, Store, layout, sealed
+from fpwap.store import Record, Store, layout
 
 LENGTHS = np.array([3, 1, 4], np.int64)
 IDS = np.arange(8, dtype=np.int32)
@@ -43,7 +44,8 @@ BASIS = {"components": torch.randn(2, 4), "count": torch.tensor(8)}
 
 def make(folder: Path) -> Path:
     """A small finished run."""
-    claim(folder, {"model": "tiny"})
+    with Journal.open(folder, {"model": "tiny"}) as journal:
+        journal.begin()
     store = Store.open(folder, LENGTHS)
     for record, values in POOLED.items():
         store.declare(record)
@@ -366,7 +368,8 @@ def test_save_copies_a_run(run: Path, tmp_path: Path) -> None:
     gc.collect()
     assert not run.exists()
     kept.verify()
-    assert claim(kept.path, {"model": "tiny"}) == "finished"
+    with Journal.open(kept.path, {"model": "tiny"}) as journal:
+        assert journal.finished
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "empty"]
 
 

@@ -1,4 +1,4 @@
-"""The store against a plain model of it (dicts of arrays) and an independent reader (safetensors); the journal."""
+"""The store against a plain model of it (dicts of arrays) and an independent reader (safetensors)."""
 
 import errno
 import json
@@ -22,7 +22,6 @@ from xxhash import xxh3_128
 
 from fpwap.callbacks.base import LayerArtifact
 from fpwap.errors import CallbackError, StoreError
-from fpwap.journal import claim, difference
 from fpwap.store import Record, Store, layout
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.int64, torch.bool]
@@ -371,7 +370,8 @@ def test_names_come_after_bytes_and_the_manifest_comes_last(tmp_path: Path, monk
         log.append(("rename", new))
         real(old, new)
 
-    monkeypatch.setattr(os, "fsync", fsync)
+    for name in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, name, fsync)
     monkeypatch.setattr(os, "rename", rename)
     store = Store.open(tmp_path, LENGTHS)
     assert log == [("fsync", tmp_path)], "the names of the folders are not durable"
@@ -395,7 +395,8 @@ def test_a_commit_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest
         assert gate.wait(60)
         real(fd)
 
-    monkeypatch.setattr(os, "fsync", fsync)
+    for name in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, name, fsync)
     complete(store, POOLED)
     assert not (tmp_path / POOLED.file).exists()
     gate.set()
@@ -412,7 +413,8 @@ def test_a_slow_disk_lets_no_commits_pile_up(tmp_path: Path, monkeypatch: pytest
         assert asked.acquire(timeout=60)
         real(fd)
 
-    monkeypatch.setattr(os, "fsync", fsync)
+    for name in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, name, fsync)
     for layer in range(6):
         for _ in range(2 * (layer > 1)):  # of the eldest: its file, its folder
             asked.release()
@@ -510,7 +512,7 @@ def test_a_disk_that_fills_up_later(tmp_path: Path, after: int, monkeypatch: pyt
     assert not (tmp_path / FLAT.file).exists()
 
 
-@pytest.mark.parametrize("operation", ["fsync", "rename", "pwrite", "open", "posix_fallocate"])
+@pytest.mark.parametrize("operation", ["fdatasync", "rename", "pwrite", "open", "posix_fallocate"])
 def test_any_failing_operation_names_the_file(tmp_path: Path, operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store.open(tmp_path, LENGTHS)
     monkeypatch.setattr(os, operation, fail(errno.EIO))
@@ -551,189 +553,3 @@ def test_close_leaves_nothing_open_also_after_a_failure(tmp_path: Path, monkeypa
     store.close()
     store.close()
     assert set(os.listdir("/proc/self/fd")) == before
-
-
-def test_a_folder_is_written_by_one_run_at_a_time(tmp_path: Path) -> None:
-    assert claim(tmp_path, {"a": 1}) == "new"
-    store = Store.open(tmp_path, LENGTHS)
-    store.declare(POOLED)
-    with pytest.raises(StoreError, match="another run is writing"):
-        Store.open(tmp_path, LENGTHS)
-    with pytest.raises(StoreError, match="another run is writing"):
-        claim(tmp_path, {"a": 1})
-    assert (tmp_path / f"{POOLED.file}.partial").exists()
-    store.close()
-    assert claim(tmp_path, {"a": 1}) == "new"
-    Store.open(tmp_path, LENGTHS).close()
-
-
-# --- the journal ----------------------------------------------------------------------------------------------------
-
-IDENTITY = {"model": {"id": "m", "shards": [1, 2]}, "callbacks": [{"name": "A"}, {"name": "B"}], "seq_len": None}
-
-
-def listing(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-
-
-def interrupted(folder: Path) -> None:
-    """What a killed run leaves: committed, partial and temporary files, the residual stream."""
-    assert claim(folder, IDENTITY) == "new"
-    store = Store.open(folder, LENGTHS)
-    complete(store, POOLED)
-    store.declare(FLAT)
-    store.artifact(None, "logits", LayerArtifact("basis", {}))
-    store.put_json("profile.json", {})
-    store.close()
-    (folder / "scratch").mkdir()
-    for name in ("scratch/residual.a", "manifest.json.partial", "prompts.safetensors.partial", "run.json.tmp"):
-        (folder / name).write_bytes(b"x")
-
-
-def test_a_new_folder_is_made_and_an_empty_one_taken(tmp_path: Path) -> None:
-    for folder in (tmp_path / "deep" / "down", tmp_path / "empty"):
-        (tmp_path / "empty").mkdir(exist_ok=True)
-        assert claim(folder, IDENTITY) == "new"
-        assert listing(folder) == ["run.json"]
-        assert json.loads((folder / "run.json").read_text())["identity"] == IDENTITY
-
-
-def test_an_interrupted_run_is_begun_again(tmp_path: Path) -> None:
-    interrupted(tmp_path)
-    assert len(listing(tmp_path)) > 9
-    assert claim(tmp_path, IDENTITY) == "new"
-    assert listing(tmp_path) == ["run.json"]
-
-
-def test_a_claim_that_is_killed_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupted(tmp_path)
-    calls = len([name for name in listing(tmp_path) if (tmp_path / name).is_file()]) - 2
-
-    def unlink(path: Path, real: Callable[[Path], None] = Path.unlink) -> None:
-        nonlocal calls
-        calls -= 1
-        if calls < 0:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        real(path)
-
-    monkeypatch.setattr(Path, "unlink", unlink)
-    with pytest.raises(StoreError, match="Input/output error"):
-        claim(tmp_path, IDENTITY)
-    monkeypatch.undo()
-    assert listing(tmp_path) == ["activations", "artifacts", "run.json", "scratch", "scratch/residual.a"]
-    assert claim(tmp_path, IDENTITY) == "new"
-
-
-def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
-    claim(tmp_path, IDENTITY)
-    store = Store.open(tmp_path, LENGTHS)
-    complete(store, POOLED)
-    finish(store)
-    store.close()
-    before = listing(tmp_path)
-    assert claim(tmp_path, {**IDENTITY}) == "finished"
-    assert listing(tmp_path) == before
-
-
-@pytest.mark.parametrize("finished", [False, True])
-def test_another_identity_is_refused_with_the_difference(tmp_path: Path, finished: bool) -> None:
-    claim(tmp_path, IDENTITY)
-    if finished:
-        (tmp_path / "manifest.json").write_text("{}")
-    other = {**IDENTITY, "seq_len": 256, "model": {"id": "n", "shards": [1, 2]}}
-    with pytest.raises(StoreError) as caught:
-        claim(tmp_path, other)
-    lines = str(caught.value).splitlines()
-    assert "out=" in lines[0]
-    assert "remove" in lines[0]
-    assert [line.split() for line in lines[1:]] == [
-        ["key", "stored", "now"],
-        ["model.id", "m", "n"],
-        ["seq_len", "null", "256"],
-    ]
-    assert "run.json" in listing(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("notes.txt", "activations/mine.safetensors", "activations/layer_003.q.safetensors.bak", "artifacts/x.npy"),
-        *("scratch/thesis.tex", "mine/data.bin", "activations/deep/layer_003.q.safetensors"),
-    ],
-)
-def test_files_that_are_not_ours_are_never_removed(tmp_path: Path, name: str) -> None:
-    interrupted(tmp_path)
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_text("mine")
-    before = listing(tmp_path)
-    with pytest.raises(StoreError, match="which no run of fpwap left there"):
-        claim(tmp_path, IDENTITY)
-    assert listing(tmp_path) == before
-
-
-def test_links_are_not_followed(tmp_path: Path) -> None:
-    precious = tmp_path / "precious"
-    precious.mkdir()
-    (precious / "layer_000.q.safetensors").write_text("mine")
-    for name, target in (("artifacts", precious), ("profile.json", precious / "layer_000.q.safetensors")):
-        folder = tmp_path / f"out_{name}"
-        claim(folder, IDENTITY)
-        (folder / name).symlink_to(target)
-        with pytest.raises(StoreError, match=name):
-            claim(folder, IDENTITY)
-    assert listing(precious) == ["layer_000.q.safetensors"]
-
-
-@pytest.mark.parametrize("name", ["activations", "manifest.json", "x"])
-def test_a_folder_without_a_record_must_be_empty(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).mkdir()
-    with pytest.raises(StoreError, match=name):
-        claim(tmp_path, IDENTITY)
-    assert listing(tmp_path) == [name]
-
-
-@pytest.mark.parametrize("text", ["", "[]", '{"format": "x"}', "\x80"])
-def test_a_record_that_is_none(tmp_path: Path, text: str) -> None:
-    (tmp_path / "run.json").write_text(text, encoding="latin1")
-    with pytest.raises(StoreError, match=r"run\.json"):
-        claim(tmp_path, IDENTITY)
-
-
-def test_a_record_of_a_later_format(tmp_path: Path) -> None:
-    claim(tmp_path, IDENTITY)
-    record = json.loads((tmp_path / "run.json").read_text())
-    (tmp_path / "run.json").write_text(json.dumps({**record, "format_version": 2}))
-    with pytest.raises(StoreError, match="format"):
-        claim(tmp_path, IDENTITY)
-
-
-def test_a_file_is_no_folder(tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("mine")
-    with pytest.raises(StoreError, match="out"):
-        claim(tmp_path / "out", IDENTITY)
-
-
-def test_difference_names_the_leaves() -> None:
-    now = {"model": {"id": "m", "shards": [1, 3]}, "callbacks": [{"name": "A"}], "seq_len": None, "more": True}
-    assert difference(IDENTITY, now) == [
-        ("model.shards", [1, 2], [1, 3]),
-        ("callbacks.1.name", "B", "(absent)"),
-        ("more", "(absent)", True),
-    ]
-    assert difference({"a": 1}, {"a": True}) == [("a", 1, True)]
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=3),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text("ab", min_size=1, max_size=2), inner, max_size=3)
-    ),
-    max_leaves=8,
-)
-
-
-@given(stored=st.dictionaries(st.text("ab", min_size=1, max_size=2), JSON), now=JSON.map(lambda value: {"a": value}))
-def test_no_difference_means_equal(stored: dict[str, Any], now: dict[str, Any]) -> None:
-    assert difference(stored, stored) == []
-    same = json.dumps(stored, sort_keys=True) == json.dumps(now, sort_keys=True)
-    assert (difference(stored, now) == []) == same

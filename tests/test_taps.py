@@ -135,6 +135,7 @@ def test_a_visit_is_judged_when_the_next_one_is_launched() -> None:
 
 def test_nothing_is_committed_that_was_not_judged() -> None:
     judge = taps(Late(0))
+    judge.start_layer(1)
     judge.at(Stage("layer", 1), packed([(3, 2)]))("residual_post", torch.ones(6, WIDTH))
     judge.settle(all=False)
     with pytest.raises(AssertionError, match="known to be finite"):
