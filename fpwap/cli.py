@@ -325,7 +325,7 @@ def _run(options: argparse.Namespace) -> int:
             print("           finished by an earlier run of the same request; nothing was computed")
         else:
             print(
-                f"speed      {profile.tokens:,} tokens in {profile.wall_s:,.1f} s, "
+                f"speed      {round(profile.share * profile.tokens):,} tokens in {profile.wall_s:,.1f} s, "
                 f"{profile.throughput_tok_per_s():,.0f} tokens/s; fpwap inspect {result.path} shows where it went"
             )
     return 0

@@ -188,7 +188,7 @@ class Needs:
         return sum(self.memory.values()), sum(self.device.values()), sum(self.disk.values())
 
 
-WEIGHTS, RESIDUAL, STATES, MICROBATCH, OUTPUTS, REFERENCE, LANDINGS, STAGED, LIBRARIES, LEAVING = (
+WEIGHTS, RESIDUAL, STATES, MICROBATCH, OUTPUTS, REFERENCE, LANDINGS, STAGED, LIBRARIES, LEAVING, KEPT = (
     "weights",
     "the residual stream",
     "callbacks' state",
@@ -199,6 +199,7 @@ WEIGHTS, RESIDUAL, STATES, MICROBATCH, OUTPUTS, REFERENCE, LANDINGS, STAGED, LIB
     "buffers of the reader",
     "buffers of the libraries",
     "outputs on their way",
+    "a callback's state on its way to the disk",
 )
 """What memory is for."""
 
@@ -212,6 +213,7 @@ def needs(costs: Costs, way: Way, *, tensors: bool = True) -> Needs:
     if tensors:
         near[MICROBATCH] = _tensors(costs, way)
     near[STATES] = alive(costs, way, {stage: cost.states for stage, cost in costs.stages.items()})
+    memory[KEPT] = max((cost.states for cost in costs.stages.values()), default=0)
     for size in _buffers(costs, way):
         staged = STAGINGS * power_of_two(size) if costs.on_device else CPU_STAGINGS * size
         memory[STAGED] = memory.get(STAGED, 0) + staged

@@ -84,7 +84,8 @@ def sweep(parts: Parts) -> None:
             for layer in layers:
                 _commit(parts, layer)
         if following is not None:
-            parts.commits.after(step, _first_row(parts, following))
+            with parts.recorder.span("commit", stages[-1].label):
+                parts.commits.after(step, _first_row(parts, following))
     _commit(parts, None)
 
 

@@ -221,7 +221,9 @@ def command_of(folder: Path) -> Mapping[str, Any]:
         raise StoreError(f"{folder} holds no run: there is no {REQUEST} in it")
     found = _read(folder / REQUEST).get("command")
     if not isinstance(found, Mapping):
-        raise StoreError(f"{folder} holds a run that a Python program asked for: run that program again to go on with it")
+        raise StoreError(
+            f"{folder} holds a run that a Python program asked for: run that program again to go on with it"
+        )
     return found
 
 

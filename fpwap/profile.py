@@ -104,11 +104,12 @@ class Recorder:
         tokens: int,
         predicted: Mapping[str, float] | None = None,
         peaks: Mapping[str, Mapping[str, int]] | None = None,
+        share: float = 1.0,
     ) -> "Profile":
         """The record up to now; recording may go on and be finished again.
 
         predicted: the plan's seconds by phase, which add up to its prediction. peaks: of "memory", "device" and "disk",
-        bytes "planned" and "measured".
+        bytes "planned" and "measured". share: of the work, where an earlier run had done the rest.
         """
         self._charge()
         if self._edges is not None:
@@ -127,6 +128,7 @@ class Recorder:
             moved=dict(self._bytes),
             predicted=dict(predicted or {}),
             peaks={name: dict(peak) for name, peak in (peaks or {}).items()},
+            share=share,
         )
 
 
@@ -147,7 +149,8 @@ class Span:
 class Profile:
     """What a run cost. Seconds are wall-clock, bytes are bytes, tokens are real tokens (no padding).
 
-    predicted: the plan's seconds by phase; predicted_s: in all. peaks: name -> {"planned", "measured"}, bytes.
+    predicted: the plan's seconds by phase; predicted_s: in all. peaks: name -> {"planned", "measured"}, bytes. share:
+    of the work that this is about; a run that went on from a commit did less than all of it.
     """
 
     wall_s: float
@@ -159,6 +162,7 @@ class Profile:
     moved: Mapping[str, int] = field(default_factory=dict)
     predicted: Mapping[str, float] = field(default_factory=dict)
     peaks: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    share: float = 1.0
 
     def by_phase(self) -> dict[str, float]:
         """Seconds of each phase, and what no phase accounts for."""
@@ -195,7 +199,7 @@ class Profile:
         return dict(self.moved)
 
     def throughput_tok_per_s(self) -> float:
-        return self.tokens / self.wall_s if self.wall_s else 0.0
+        return self.share * self.tokens / self.wall_s if self.wall_s else 0.0
 
     def weight_bandwidth_gb_per_s(self) -> float:
         """Weights read per second that the reader spent on them; reading overlaps with compute."""
@@ -233,6 +237,8 @@ class Profile:
             f"{self.prompts:,} prompts, {self.tokens:,} tokens in {self.wall_s:,.2f} s{predicted}: "
             f"{self.throughput_tok_per_s():,.0f} tokens/s"
         )
+        if self.share < 1:
+            lines.append(f"an earlier run had done {100 * (1 - self.share):.0f} % of it; the times are of the rest")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:

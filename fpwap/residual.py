@@ -86,6 +86,10 @@ class Residual(Protocol):
         """Before anything else: the rows as `save` found them. Raises `StoreError` where a file is not what it was."""
         ...
 
+    def give_up(self) -> None:
+        """What `save` began and has not ended will not end well: nobody waits for it any more."""
+        ...
+
     def close(self) -> None:
         """No thread or descriptor is left, and no file that was not saved. May be called twice, and after a failure."""
         ...
@@ -122,6 +126,9 @@ class InMemory:
 
     def restore(self, saved: Saved) -> None:
         self._copies.restore(saved)
+
+    def give_up(self) -> None:
+        self._copies.give_up()
 
     def close(self) -> None:
         self._copies.close()
@@ -188,6 +195,9 @@ class Pinned:
 
     def restore(self, saved: Saved) -> None:
         self._copies.restore(saved)
+
+    def give_up(self) -> None:
+        self._copies.give_up()
 
     def close(self) -> None:
         self._copies.close()
@@ -298,9 +308,11 @@ class OnDisk:
         for words in saved["files"]:
             name, side = words["tensor"], words["side"]
             file, row = self._files[name, side], self._widths[name] * self._dtype.itemsize
-            self._blocks[name, side] = {
-                rows.start: (rows.stop, digest) for rows, _, digest in _read_back(file, words, row)
-            }
+            found = _read_back(file, words, row, self._check)
+            self._blocks[name, side] = {rows.start: (rows.stop, digest) for rows, _, digest in found}
+
+    def give_up(self) -> None:
+        pass
 
     def _settle(self, most: int) -> None:
         """Wait until at most so many writes are under way. A failed one stays: from then on every call raises."""
@@ -398,10 +410,13 @@ class _Slot:
         return {"tensor": self.tensor, "side": self.side, **file, "ends": ends, "digest": digest}
 
 
-def _read_back(file: File, words: Mapping[str, Any], row: int) -> Iterator[tuple[slice, memoryview, bytes]]:
+def _read_back(
+    file: File, words: Mapping[str, Any], row: int, check: Check
+) -> Iterator[tuple[slice, memoryview, bytes]]:
     """A saved file's blocks: rows, bytes, digest; in the end compared with what was saved. row: bytes."""
     digest, start = xxh3_128(), 0
     for stop in words["ends"]:
+        check()
         block = memoryview(bytearray((stop - start) * row))
         file.read(block, start * row)
         own = xxh3_128_digest(block)
@@ -466,12 +481,15 @@ class _Copies:
             tensor = self._tensors[words["tensor"]]
             row = tensor[:1].nbytes
             file = self._file(words["tensor"], words["side"])
-            for rows, block, _ in _read_back(file, words, row):
+            for rows, block, _ in _read_back(file, words, row, self._check):
                 tensor[rows].copy_(torch.frombuffer(block, dtype=tensor.dtype).view(-1, *tensor.shape[1:]))
 
-    def close(self) -> None:
+    def give_up(self) -> None:
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def close(self) -> None:
+        self.give_up()
         for file in self._files.values():
             file.close()
         self._coming.clear()

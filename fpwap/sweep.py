@@ -330,6 +330,7 @@ class Sweep:
                 opened.callback(residual.close)
                 store = Store.open(folder, ready.prompts.lengths, ram=plan.pooled_bytes, check=stop.check)
                 opened.callback(store.close)
+                opened.callback(residual.give_up)  # what the store's thread waits for must not hold up its end
 
                 def write(record: Record, values: Tensor, sample_ids: Tensor) -> None:
                     recorder.count("outputs", values.nbytes)
@@ -405,7 +406,13 @@ class Sweep:
                 )
                 for part in (progress, weights, residual, outbox):
                     part.close()
-            profile = recorder.finish(prompts=plan.prompts, tokens=plan.tokens, predicted=plan.phases, peaks=peaks)
+            profile = recorder.finish(
+                prompts=plan.prompts,
+                tokens=plan.tokens,
+                predicted=plan.phases if start == START else None,
+                peaks=peaks,
+                share=1 - plan.schedule.behind(start) / len(plan.schedule),
+            )
             store.put_json("profile.json", profile.to_json())
             store.finish(identity.manifest(held.identity, plan, own) | watcher.certificate(), ready.prompts.ids)
             if start == START:
