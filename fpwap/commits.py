@@ -222,10 +222,14 @@ def _plain(state: Any, keep: Callable[[Tensor], Any]) -> Any:
         case Tensor():
             return keep(state)
         case Mapping():
+            if not all(isinstance(name, str) for name in state):
+                raise TypeError(f"a state is tensors and JSON, whose keys are words: {list(state)[:3]} are not")
             return {name: _plain(value, keep) for name, value in state.items()}
         case list() | tuple():
             return [_plain(value, keep) for value in state]
-    return state
+        case None | bool() | int() | float() | str():
+            return state
+    raise TypeError(f"a state is tensors and JSON, not {type(state).__name__}")
 
 
 def _loaded(kept: Any, fetch: Callable[[Mapping[str, Any]], Tensor]) -> Any:

@@ -57,7 +57,7 @@ def identity(request: Request, ready: Prepared, callbacks: Sequence[Callback]) -
             {
                 "class": f"{type(callback).__module__}.{type(callback).__qualname__}",
                 "code": None if type(callback).__module__.startswith("fpwap.") else code_of(type(callback)),
-                "state_version": getattr(callback, "state_version", 1),
+                "state_version": callback.state_version,
                 "phase": callback.phase,
                 "positions": callback.positions if isinstance(callback.positions, str) else list(callback.positions),
                 "sites": [list(site) for site in own],

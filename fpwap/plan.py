@@ -390,6 +390,8 @@ def make_plan(
 
     before: of an unfinished run; its order of visits and its tier stay, the rest is chosen again.
     """
+    if before is not None:
+        wanted = replace(wanted, tier=before.tier, size=None)
     search = _Search(costs, budgets, wanted, known.hot)
     pace = Pace(costs, rates, _name(known.dtype), known.hot)
     ways = list(search.ways())

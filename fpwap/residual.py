@@ -236,6 +236,7 @@ class OnDisk:
                 folder.mkdir(parents=True, exist_ok=True)
             for name, side in self._blocks:
                 path, size = _path(folder, name, side), rows * widths[name] * dtype.itemsize
+                self._saved |= path.exists()
                 self._files[name, side] = File.kept(path, size, WHAT)
                 self._files[name, side].reserve()
         except StoreError:

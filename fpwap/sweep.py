@@ -23,8 +23,7 @@ from torch import Tensor
 from archs.batch import Attention
 
 from . import identity, journal
-from .callbacks import base
-from .callbacks.base import Callback
+from .callbacks.base import Callback, unresumable
 from .commits import Commits, Uncommitted
 from .costs import Way
 from .device import Device, open_device
@@ -56,7 +55,6 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "resume": ("auto", "never", "require"),
 }
 MICROBATCH_SIZE = 16
-unresumable = getattr(base, "unresumable", lambda callback: None)
 
 
 class Sweep:
@@ -288,7 +286,7 @@ class Sweep:
             for callback in self._callbacks:
                 with recorder.span("callback"), Blame(callback, "on_sweep_start"):
                     callback.on_sweep_start(ready.context)
-            lasting = self._out is not None and self._is_lasting(ready.plan, own)
+            lasting = self._out is not None and self._is_lasting(ready, own)
             held.begin(command)
             try:
                 self._sweep(held, ready, own, device, recorder, watcher, lasting=lasting)
@@ -298,13 +296,14 @@ class Sweep:
             with Blame(callback, "on_sweep_end"):
                 callback.on_sweep_end()
 
-    def _is_lasting(self, plan: Plan, own: dict[str, Any]) -> bool:
+    def _is_lasting(self, ready: Prepared, own: dict[str, Any]) -> bool:
         """Whether the run can be gone on with if it is interrupted; says so if a callback is why it cannot."""
-        reasons = [reason for callback in self._callbacks if (reason := unresumable(callback)) is not None]
+        asked = (unresumable(callback, ready.context) for callback in self._callbacks)
+        reasons = [reason for reason in asked if reason is not None]
         reasons += [reason] if (reason := identity.opaque(own)) is not None else []
         for reason in reasons[:1]:
             warnings.warn(f"this run cannot be gone on with if it is interrupted: {reason}", stacklevel=4)
-        return not reasons and not self._verify and plan.unsaved is None
+        return not reasons and not self._verify and ready.plan.unsaved is None
 
     def _sweep(
         self,

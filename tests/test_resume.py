@@ -17,7 +17,7 @@ import pytest
 import torch
 from checkpoints import Variant, write
 from late import Late
-from test_engine import STEP, WAYS, callbacks, content, dataset
+from test_engine import LENGTHS, STEP, WAYS, callbacks, content, dataset
 from torch import Tensor
 
 from fpwap import Callback, Result, Sweep, commits, engine
@@ -290,14 +290,15 @@ def test_a_flipped_bit_of_what_was_committed_is_found_and_named(
     request = {"residual": residual, "layers_per_visit": 1}
     interrupted(folder, out, cut, 6, **request)
     last = records(out)[-1]
-    slots = [out / file["file"] for file in last["residual"]["files"]]
-    files = [*(out / "scratch" / "commits").iterdir(), *slots, out / "run.json"]
+    slots = {out / file["file"]: file["ends"][-1] for file in last["residual"]["files"]}
+    files = [*(out / "scratch" / "commits").glob("*.json"), out / last["state"]["file"], *slots, out / "run.json"]
     assert len(files) >= 4
     draw = random.Random(1)
     for path in files:
         plain = path.read_bytes()
+        committed = len(plain) if path not in slots else len(plain) // sum(LENGTHS) * slots[path]
         for _ in range(8):
-            place, bit = draw.randrange(len(plain)), draw.randrange(8)
+            place, bit = draw.randrange(committed), draw.randrange(8)
             path.write_bytes(plain[:place] + bytes([plain[place] ^ 1 << bit]) + plain[place + 1 :])
             with pytest.raises(StoreError, match=rf"{path.name}|{out}"):
                 sweep(folder, out, **request)
@@ -344,17 +345,16 @@ def test_another_environment_is_refused_unless_it_is_allowed_by_name(
 ) -> None:
     folder, out = checkpoint("llama"), tmp_path / "out"
     interrupted(folder, out, cut, 5)
-    monkeypatch.setattr("torch.__version__", "9.9")
     monkeypatch.setattr("platform.machine", lambda: "abacus")
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "BEADS")
     with pytest.raises(StoreError) as caught:
         sweep(folder, out)
     rows = [line.split() for line in str(caught.value).splitlines()[1:]]
-    now = torch.__version__
-    assert [row[0] for row in rows[1:]] == ["environment.torch", "environment.processor"]
-    assert rows[1][-2:] == [now, "allow=['torch']"]
+    assert [row[0] for row in rows[1:]] == ["environment.processor", "environment.cpu_capability"]
+    assert rows[1][-2:] == ["abacus", "allow=['processor']"]
     with pytest.raises(StoreError, match=r"allow=\['processor'\]"):
-        sweep(folder, out, allow=["torch"])
-    result = sweep(folder, out, allow=["torch", "processor"])
+        sweep(folder, out, allow=["cpu_capability"])
+    result = sweep(folder, out, allow=["cpu_capability", "processor"])
     assert result.manifest["environment"]["processor"] != "abacus"
     assert result.manifest["ended_in"]["processor"] == "abacus"
     with pytest.raises(RequestError, match="allow lists some of torch"):

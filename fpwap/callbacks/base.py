@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any, Literal, Protocol
 
 import torch
@@ -141,8 +141,19 @@ class Callback(ABC):
     needs_metadata: True if ``ctx.metadata`` will be asked.
     emits: hook -> (rest, dtype) of what is emitted per prompt, so that the plan counts its bytes.
 
+    state_version: raised when the meaning of `state_dict` changes; part of the identity.
+
     What is gathered belongs in private attributes, one state per (layer, hook), begun afresh by `on_sweep_start`:
     public attributes are the callback's identity (`config`). There is no ``__init__`` to call.
+
+    An interrupted run goes on from a commit with a new object of the same class: after `on_sweep_start` and
+    `on_layer_start` of every layer that has not ended it is given back what `state_dict` said at the commit. So a
+    callback that gathers something needs both, or its runs begin again (`unresumable`); one that gathers nothing but
+    keeps constants, or does something at the end of a layer, says so by a `state_dict` that returns {}:
+
+        def state_dict(self, layer, hook): return {"sum": self._sums[layer, hook].clone(), "count": self._count}
+        def load_state_dict(self, layer, hook, state):
+            self._sums[layer, hook], self._count = state["sum"], state["count"]
     """
 
     target_layers: Layers = "all"
@@ -151,6 +162,7 @@ class Callback(ABC):
     positions: Literal["all", "last"] | Sequence[int] = "all"
     borrows: bool = False
     needs_metadata: bool = False
+    state_version: int = 1
     emits: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = {}
 
     # --- for the plan and the journal ---
@@ -213,7 +225,10 @@ class Callback(ABC):
     # --- state, for who gathers some between on_sweep_start and on_layer_end ---
 
     def state_dict(self, layer: int | None, hook: str) -> State:
-        """A snapshot of what was gathered at a site: tensors and JSON values, sharing no memory with the callback."""
+        """A snapshot of what was gathered at a site: tensors and JSON values, sharing no memory with the callback.
+
+        Tuples come back as lists. Asked between two batches, for every site of a layer that has not ended.
+        """
         return {}
 
     def load_state_dict(self, layer: int | None, hook: str, state: Mapping[str, Any]) -> None:
@@ -221,6 +236,32 @@ class Callback(ABC):
 
     def merge(self, layer: int | None, hook: str, other: Mapping[str, Any]) -> None:
         """Add a snapshot of other prompts' state at the same site."""
+
+
+def unresumable(callback: Callback, ctx: Context) -> str | None:
+    """Why a run with this callback cannot go on from the middle, in words; None if it can. After `on_sweep_start`.
+
+    A class that has no `state_dict` of its own must look as if it gathered nothing: no `on_layer_start`,
+    `on_layer_end` or `on_sweep_end`, and no private attribute but ``ctx`` that can change inside (a list, a tensor).
+    """
+    kind = type(callback)
+    if kind.state_dict is not Callback.state_dict:
+        return None
+    for name in ("on_layer_start", "on_layer_end", "on_sweep_end"):
+        if getattr(kind, name) is not getattr(Callback, name):
+            return f"{kind.__name__} has {name} and no state_dict, which would say what it has gathered"
+    for name, value in vars(callback).items():
+        if name.startswith("_") and value is not ctx and not _is_constant(value):
+            return f"{kind.__name__} keeps a {type(value).__name__} in {name} and has no state_dict, which would say it"
+    return None
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether a value cannot change inside."""
+    if isinstance(value, tuple | frozenset):
+        return all(_is_constant(item) for item in value)
+    constant = str | bytes | Integral | Real | torch.dtype | torch.device | torch.Size | range | type | FunctionType
+    return value is None or isinstance(value, constant)
 
 
 def _plain(value: Any) -> Any:

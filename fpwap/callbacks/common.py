@@ -313,6 +313,10 @@ class SteerInBasis(Callback):
     def on_batch(self, layer_idx: int | None, hook: str, acts: Tensor, sample_ids: Tensor) -> WriteBack:
         return WriteBack((acts + self._step).to(acts.dtype))  # a half and an fp32 tensor add in fp32
 
+    def state_dict(self, layer: int | None, hook: str) -> State:
+        """Nothing is gathered."""
+        return {}
+
 
 def _basis(given: HasTensors | Tensor) -> Tensor:
     """fp32 ``[k, H]`` on the CPU, a copy."""
