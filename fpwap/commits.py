@@ -28,7 +28,7 @@ from xxhash import xxh3_128, xxh3_128_hexdigest
 from .callbacks.base import Callback
 from .costs import Way
 from .errors import StoreError
-from .files import File, bytes_of
+from .files import File, bytes_of, sync_folder
 from .journal import BEGIN_AGAIN, COMMITS, Journal
 from .residual import Residual, Saved
 from .schedule import START, Point, Step
@@ -196,6 +196,7 @@ class _StateFile:
         """All of it is on the disk: its name, size and digest."""
         self._file.sync()
         self._file.close()
+        sync_folder(self.path.parent)
         name = f"{COMMITS}/{self.path.name}"
         return {"file": name, "bytes": self._at, "digest": self._digest.hexdigest()}
 
