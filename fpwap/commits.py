@@ -15,6 +15,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from time import perf_counter, thread_time
@@ -142,13 +143,12 @@ class Commits:
         state = _StateFile(self._journal.folder / COMMITS / f"{self._number:06}.state")
         done = self._store.done(self._told)
         self._told += len(done)
-        record = {
-            "point": list(point),
-            "done": done,
-            "outputs": self._store.state(state.put),
-            "taps": self._taps.state(partial(_plain, keep=state.put)),
-            **({"way": self._way.to_json()} if self._number == 1 else {}),
-        }
+        record: dict[str, Any] = {"point": list(point), "done": done}
+        if self._number == 1:
+            record["way"] = self._way.to_json()
+        with closing(state):
+            record["outputs"] = self._store.state(state.put)
+            record["taps"] = self._taps.state(partial(_plain, keep=state.put))
         needed = point.group or point.done  # else the embedding makes it anew
         saving = self._residual.save(ahead) if needed and not self._way.one_visit else None
         self._since = self._clock()
@@ -192,10 +192,14 @@ class _StateFile:
             self._at += part.nbytes
         return where
 
+    def close(self) -> None:
+        """Nothing more is put."""
+        self._file.close()
+
     def finish(self) -> dict[str, Any]:
         """All of it is on the disk: its name, size and digest."""
-        self._file.sync()
-        self._file.close()
+        with closing(File.found(self.path, self._at)) as file:
+            file.sync()
         sync_folder(self.path.parent)
         name = f"{COMMITS}/{self.path.name}"
         return {"file": name, "bytes": self._at, "digest": self._digest.hexdigest()}

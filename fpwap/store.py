@@ -25,6 +25,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -186,6 +187,7 @@ class Store:
         self._done: list[dict[str, Any]] = []
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="fpwap-commit")
         self._publishing: deque[tuple[Sequence[File], Future[None]]] = deque()
+        self._failed: BaseException | None = None
 
     @classmethod
     def open(cls, folder: Path, lengths: np.ndarray, *, ram: int = 2**30, check: Check = lambda: None) -> "Store":
@@ -322,7 +324,22 @@ class Store:
             self._publish_later([output.file for output in done.values()])
 
     def _publish_later(self, files: Sequence[File]) -> None:
-        self._publishing.append((files, self._publisher.submit(self._publish, files)))
+        self._later(files, partial(self._publish, files))
+
+    def _later(self, files: Sequence[File], job: Callable[[], None]) -> "Future[None]":
+        """Behind all that came before, and only if all of that went well: what failed is not on the disk."""
+
+        def in_order() -> None:
+            if self._failed is not None:
+                raise self._failed
+            try:
+                job()
+            except BaseException as error:
+                self._failed = error
+                raise
+
+        self._publishing.append((files, self._publisher.submit(in_order)))
+        return self._publishing[-1][1]
 
     @staticmethod
     def _publish(files: Sequence[File]) -> None:
@@ -397,8 +414,7 @@ class Store:
             sync_folder(self._folder / "activations")
             afterwards()
 
-        self._publishing.append(((), self._publisher.submit(save)))
-        return self._publishing[-1][1]
+        return self._later((), save)
 
     def finish(self, manifest: Mapping[str, Any], ids: np.ndarray) -> None:
         """Write the prompts and, last, the manifest: from now on the folder is a result.

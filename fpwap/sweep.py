@@ -30,6 +30,7 @@ from .device import Device, open_device
 from .engine import Parts, sweep
 from .errors import RequestError, StoreError
 from .interrupt import Interruptible
+from .journal import Journal
 from .machine import kept_pages, many_files
 from .meter import Meter
 from .outbox import RING, Outbox
@@ -273,7 +274,7 @@ class Sweep:
     ) -> None:
         """Leaves a finished run of this identity in ``folder``."""
         resume: journal.Resume = "never" if identity.opaque(own) is not None else self._resume
-        with journal.Journal.open(folder, own, resume=resume, allow=self._allow) as held:
+        with Interruptible() as stop, Journal.open(folder, own, resume=resume, allow=self._allow) as held:
             if held.finished:  # by another process, since `run` looked
                 return
             if held.records:
@@ -289,7 +290,7 @@ class Sweep:
             lasting = self._out is not None and self._is_lasting(ready, own)
             held.begin(command)
             try:
-                self._sweep(held, ready, own, device, recorder, watcher, lasting=lasting)
+                self._sweep(held, ready, own, device, recorder, watcher, stop, lasting=lasting)
             except StoreError as error:
                 raise _advised(error, held) from error.__cause__
         for callback in self._callbacks:  # the result is complete, whatever happens here
@@ -307,12 +308,13 @@ class Sweep:
 
     def _sweep(
         self,
-        held: journal.Journal,
+        held: Journal,
         ready: Prepared,
         own: dict[str, Any],
         device: Device,
         recorder: Recorder,
         watcher: Watch | Unwatched,
+        stop: Interruptible,
         *,
         lasting: bool,
     ) -> None:
@@ -322,7 +324,6 @@ class Sweep:
             with recorder.span("finish"):  # opening and closing the parts
                 opened.enter_context(kept_pages())
                 opened.enter_context(many_files())
-                stop = opened.enter_context(Interruptible())
                 meter = Meter(device.torch, folder)
                 widths, scratch = {"residual": model.config.hidden}, folder / journal.SCRATCH
                 residual = open_residual(plan.tier, plan.residual_rows, widths, plan.dtype, device, scratch, stop.check)
@@ -418,7 +419,7 @@ class Sweep:
                 learn(plan, profile)
 
 
-def _advised(error: StoreError, held: journal.Journal) -> StoreError:
+def _advised(error: StoreError, held: Journal) -> StoreError:
     """The same, with what is left of the run."""
     if not held.records:
         return error

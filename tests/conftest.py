@@ -1,6 +1,7 @@
 """Options of the suite: ``--device`` runs it somewhere else than on the CPU. Tiny checkpoints, made once."""
 
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ import pytest
 # Threads that wait by spinning take the processor from each other where more runs than there are cores: five times
 # slower beside two other jobs. Read once, when torch is imported; no bit depends on it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+collect_ignore = [] if shutil.which("gcc") else ["faults/test_faults.py"]
+"""What needs a compiler is not there where there is none."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

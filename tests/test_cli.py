@@ -132,13 +132,8 @@ def test_every_option_reaches_the_sweep(prompts: Path, monkeypatch: pytest.Monke
     words |= {"layers_per_visit": 4, "out": "there", "memory": "3GB"}
     words |= {"device_memory": "2GB", "disk": "1TB"}
     options = [part for name, value in words.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    assert (
-        main(
-            ["plan", "some/model", "--prompts", str(prompts), "--layers", "-1", "--hooks", "q,z", "--verify", *options]
-            + ["--allow", "torch,threads"]
-        )
-        == 0
-    )
+    asked_for = ["--layers", "-1", "--hooks", "q,z", "--verify", "--allow", "torch,threads", *options]
+    assert main(["plan", "some/model", "--prompts", str(prompts), *asked_for]) == 0
     first, second = asked.pop("callbacks")
     words["allow"] = ("torch", "threads")
     assert asked == {"model": "some/model", "progress": False, "verify": True, **words}
