@@ -11,6 +11,7 @@ import math
 import os
 import re
 import struct
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -178,7 +179,7 @@ def shard_names(folder: Path, *, present: bool = True, single: bool = False) -> 
     try:
         claimed = json.loads((folder / INDEX).read_text())["weight_map"]
         names = sorted(set(claimed.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{folder / INDEX} is not an index of safetensors shards: {error!r}") from error
     for name in names:
         if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
@@ -226,10 +227,19 @@ def _read_header(folder: Path, shard: str) -> list[Entry]:
             pass
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-    except (OSError, SafetensorError, ValueError) as error:
+            header = json.loads(file.read(length), object_pairs_hook=_without_repeats)
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not a readable safetensors file: {error}") from error
     return entries_of(shard, header, length)
+
+
+def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, whose second value for a key another reader might take for the first."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = Counter(name for name, _ in pairs)
+        raise ValueError(f"{names.most_common(1)[0][0]!r} comes twice in its header")
+    return found
 
 
 def entries_of(shard: str, header: Mapping[str, Any], length: int) -> list[Entry]:

@@ -15,7 +15,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from time import perf_counter, thread_time
@@ -116,6 +116,8 @@ class Commits:
     def _due(self) -> bool:
         if self._last is not None and not self._last.done():
             return False
+        if self._last is not None:
+            self._last.result()  # one that failed is the end: the next would be written over the last that did not
         worth = min(AT_RISK_S, math.sqrt(2 * self._cost * MTBF_S))
         return self._clock() - self._since >= max(worth, self._cost / SHARE)
 
@@ -168,7 +170,8 @@ class Commits:
         opened = [{"file": file["file"], "bytes": file["bytes"]} for file in files]
         self._journal.append({**record, "state": words, "residual": residual, "open": opened})
         before = state.path.with_name(f"{int(state.path.stem) - 1:06}.state")
-        before.unlink(missing_ok=True)
+        with suppress(OSError):  # whoever goes on removes it too
+            before.unlink(missing_ok=True)
         self._cost += busy + thread_time() - began
 
 

@@ -48,7 +48,7 @@ class Model:
             config = json.loads(path.read_text())
         except FileNotFoundError:
             raise ModelError(f"{path} is missing: a model folder holds config.json and *.safetensors") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ModelError(f"{path} cannot be read as JSON: {error}") from error
         if not isinstance(config, dict):
             raise ModelError(f"{path} is not a JSON object")
