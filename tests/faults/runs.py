@@ -4,7 +4,8 @@
 
 kill: at every call that changes the run's folder, before it, in its middle, behind it. errors: a full disk, a broken
 one and a short write at every such call, and a disk that is full from there on. random: up to three signals a run, at
-any moment. After each the folder must be no result, or a right one; the same run again must end with the bytes of an
+any moment. tmpfs: twenty sizes of a file system too small (needs root). flips: a thousand bits of a finished run. After
+each the folder must be no result, or a right one; the same run again must end with the bytes of an
 undisturbed one and leave nothing else. Prints what it counted as JSON, and what went wrong before that.
 """
 
@@ -15,6 +16,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -267,10 +269,44 @@ class Runs:
             else:
                 self.counts["cases"] += 1
 
+    def tmpfs(self) -> None:
+        place = self.work / "small"
+        place.mkdir()
+        for size in range(1, 21):
+            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={16 * size}k", "tmpfs", place], check=True)
+            try:
+                status, signum = self.run(place / "out")
+                self.counts[f"status {status}"] += 1
+                said = self.said.read_text() if status else ""
+                if signum or status not in (0, REFUSED) or (status and "free" not in said):
+                    self._fail("not clean", f"{size}: {status}, signal {signum}: {said}")
+                subprocess.run(["mount", "-o", "remount,size=64m", place], check=True)
+                self.judge(place / "out", f"{16 * size} kB")
+            finally:
+                subprocess.run(["umount", place], check=True)
+
+    def flips(self, cases: int, seed: int = 0) -> None:
+        draw, out = random.Random(seed), self.work / "whole"
+        files = [path for path in sorted(out.rglob("*")) if path.is_file()]
+        for case in range(cases):
+            path = draw.choice(files)
+            plain = path.read_bytes()
+            place = draw.randrange(len(plain))
+            path.write_bytes(plain[:place] + bytes([plain[place] ^ 1 << draw.randrange(8)]) + plain[place + 1 :])
+            self.counts["cases"] += 1
+            try:
+                Result.open(out).verify()
+                self._fail("not found", f"case {case}: {path.name}, byte {place}")
+            except StoreError as error:
+                if path.name not in str(error):
+                    self._fail("not named", f"case {case}: {path.name}: {error}")
+            path.write_bytes(plain)
+        Result.open(out).verify()
+
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("kill", "errors", "random"))
+    parser.add_argument("what", choices=("kill", "errors", "random", "tmpfs", "flips"))
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--variant", choices=VARIANTS, default="disk")
     parser.add_argument("--broken", choices=BROKEN)
@@ -288,6 +324,10 @@ def main() -> None:
             runs.errors(options.every)
         case "random":
             runs.random(options.cases)
+        case "tmpfs":
+            runs.tmpfs()
+        case "flips":
+            runs.flips(options.cases)
     for line in runs.wrong[:20]:
         print(line)
     print(json.dumps({"variant": options.variant, "what": options.what, **dict(runs.counts), "wrong": len(runs.wrong)}))

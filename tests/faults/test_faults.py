@@ -69,6 +69,19 @@ def test_power_cuts(variant: str, every: int, tmp_path: Path) -> None:
     assert play("power.py", "--variant", variant, "--every", every, work=tmp_path)["wrong"] == 0
 
 
+@FULL
+def test_twenty_file_systems_too_small(tmp_path: Path) -> None:
+    """Needs root, for mount."""
+    counted = play("runs.py", "tmpfs", "--variant", "disk", work=tmp_path)
+    assert (counted["cases"], counted["wrong"]) == (20, 0)
+
+
+@FULL
+def test_a_thousand_flipped_bits(tmp_path: Path) -> None:
+    counted = play("runs.py", "flips", "--cases", 1000, work=tmp_path)
+    assert (counted["cases"], counted["wrong"]) == (1000, 0)
+
+
 @pytest.mark.parametrize(
     ("broken", "program", "variant", "every"),
     [
