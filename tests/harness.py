@@ -98,6 +98,13 @@ class Keep(Callback):
         assert not at.keys() & set(sample_ids.tolist()), "a prompt was shown twice"
         at.update(zip(sample_ids.tolist(), acts, strict=True))
 
+    def state_dict(self, layer: int | None, hook: str) -> dict[str, Any]:
+        rows = self._kept.get((layer, hook), {})
+        return {"ids": list(rows), "rows": [row.clone() for row in rows.values()]}
+
+    def load_state_dict(self, layer: int | None, hook: str, state: Mapping[str, Any]) -> None:
+        self._kept[layer, hook] = dict(zip(state["ids"], state["rows"], strict=True))
+
     @property
     def kept(self) -> Kept:
         return {site: {i: value.cpu() for i, value in sorted(rows.items())} for site, rows in self._kept.items()}

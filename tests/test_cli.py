@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import fpwap
-from fpwap import Interrupted, Result, calibrate, cli, hub, machine, sweep
+from fpwap import Interrupted, Result, Sweep, calibrate, cli, commits, engine, hub, machine, sweep
 from fpwap.callbacks.common import IncrementalPCA, RawActivations
 from fpwap.cli import main
 from fpwap.errors import DatasetError
@@ -553,3 +553,43 @@ def test_the_parser_needs_nothing_heavy() -> None:
         "assert not {'torch', 'numpy', 'huggingface_hub', 'safetensors', 'tokenizers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
+
+
+def test_resume_goes_on_with_what_was_interrupted(
+    model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    request = [str(model), "--prompts", str(prompts), "--quiet", "--layers-per-visit", "1", "--loading", "stream"]
+    assert main(["run", *request, "--out", str(whole)]) == 0
+    visits: list[int] = []
+    plain = engine._visit
+
+    def visit(*given: Any) -> None:
+        visits.append(len(visits))
+        if len(visits) == 3:
+            raise Interrupted(signal.SIGTERM)
+        plain(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commits, "AT_RISK_S", 0.0)
+        patch.setattr(commits, "SHARE", float("inf"))
+        patch.setattr(engine, "_visit", visit)
+        assert main(["run", *request, "--out", str(out)]) == 143
+        assert "the same command goes on" in capsys.readouterr().err
+        every = len(visits)
+        monkeypatch.chdir(tmp_path)
+        assert main(["resume", "out"]) == 0
+    assert "outputs" in capsys.readouterr().out
+    assert every == 3
+    for path in (whole / "activations").iterdir():
+        assert path.read_bytes() == (out / "activations" / path.name).read_bytes()
+    assert main(["resume", "out"]) == 0
+    assert "nothing was computed" in capsys.readouterr().out
+
+
+def test_resume_where_there_is_nothing(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["resume", str(tmp_path / "nowhere")]) == 2
+    assert "holds no run" in capsys.readouterr().err
+    Sweep(model, [[1, 2, 3]], None, [RawActivations()], out=tmp_path / "out", progress=False).run()
+    assert main(["resume", str(tmp_path / "out")]) == 2
+    assert "a Python program asked for" in capsys.readouterr().err
