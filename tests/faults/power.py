@@ -4,8 +4,9 @@
 
 One run's calls that change its folder are recorded with their bytes. A file is sure to hold what was in it at its last
 sync, a folder the names that it had at its own; of what came later each write, and each name, may or may not have
-reached the disk, in any order. So at every call three disks are made: nothing that was not synced is there ("lost");
-all names are, and no such bytes ("names"); some of both ("some"). From each the same run has to end as it should.
+reached the disk, in any order; but a file that is renamed has one of its names. So at every call three disks are made:
+nothing that was not synced is there ("lost"); all names are, and no such bytes ("names"); some of both ("some"). From
+each the same run has to end as it should.
 """
 
 import argparse
@@ -156,6 +157,10 @@ class Disk:
                 names.pop(path, None)
                 if path in found:
                     names[path] = found[path]
+            for path, file in self.durable.items():  # a rename is one step: the file has its old name or its new one
+                there, kept = (any(file is one for one in some.values()) for some in (self.names, names))
+                if file is not None and there and not kept:
+                    names[path] = file
         folder.mkdir()
         for path, file in sorted(names.items()):
             if not (folder / path).parent.is_dir():
@@ -163,8 +168,8 @@ class Disk:
             if file is None:
                 (folder / path).mkdir(exist_ok=True)
             else:
-                kept = [call for call in file.fresh if adversary == "some" and draw.random() < 0.5]
-                (folder / path).write_bytes(file.after(kept))
+                fresh = [call for call in file.fresh if adversary == "some" and draw.random() < 0.5]
+                (folder / path).write_bytes(file.after(fresh))
 
 
 def recorded(runs: Runs) -> list[Call]:
