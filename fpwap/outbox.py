@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .device import Device, Event
+from .interrupt import Check, at_work, patiently
 from .store import Record
 
 RING = 1 << 26
@@ -26,11 +27,18 @@ class Outbox:
     """Hands ``values [b, ...]`` of ``sample_ids [b]`` to ``write``, on the CPU and in the record's dtype.
 
     ring_bytes: of pinned memory, and of copies on the device, that are under way at most. What ``write`` raises comes
-    out of the next `put` or `flush`, and of every one after it.
+    out of the next `put` or `flush`, and of every one after it. check: raises if the run is to stop, in waits.
     """
 
-    def __init__(self, write: Callable[[Record, Tensor, Tensor], None], device: Device, *, ring_bytes: int) -> None:
-        self._write, self._device, self._room = write, device, ring_bytes
+    def __init__(
+        self,
+        write: Callable[[Record, Tensor, Tensor], None],
+        device: Device,
+        *,
+        ring_bytes: int,
+        check: Check = lambda: None,
+    ) -> None:
+        self._write, self._device, self._room, self._check = write, device, ring_bytes, check
         self._ring: Tensor | None = None
         self._out = device.stream()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fpwap-outbox")
@@ -71,8 +79,9 @@ class Outbox:
 
     def _hand_on(self, record: Record, host: Tensor, sample_ids: Tensor, there: Event, ours: Tensor) -> None:
         """On the thread. ours: kept until the copy of it is there."""
-        there.synchronize()
-        self._write(record, host, sample_ids)
+        with at_work(lambda: f"an output was taken off the device: {record}"):
+            there.synchronize()
+            self._write(record, host, sample_ids)
 
     def _memory(self) -> Tensor:
         if self._ring is None:
@@ -93,7 +102,7 @@ class Outbox:
             self._next()
 
     def _next(self) -> None:
-        self._under_way[0][1].result()
+        patiently(self._under_way[0][1], self._check)
         self._under_way.popleft()
 
 

@@ -20,12 +20,16 @@ class ProgressEvent:
     elapsed_s: float
 
 
+class _Bar(tqdm):  # type: ignore[type-arg]
+    monitor_interval = 0  # else a thread stays behind
+
+
 class Progress:
     """``show=True`` draws a bar (quiet when stderr is no terminal), False nothing, a callable gets the events."""
 
     def __init__(self, show: bool | Callable[[ProgressEvent], None], total: int, done: int = 0) -> None:
         self._tell = show if callable(show) else None
-        self._bar = tqdm(total=total, initial=done, unit="step", disable=None) if show is True else None
+        self._bar = _Bar(total=total, initial=done, unit="step", disable=None) if show is True else None
         self._done, self._total, self._started = done, total, perf_counter()
 
     def step(self, stage: str) -> None:

@@ -7,10 +7,11 @@ whose pages touch and says where in memory each begins: at its file offset modul
 What the bytes mean is not known here, nor who waits for them.
 """
 
+import contextlib
 import os
 import threading
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from .checkpoint import Entry
 from .device import PAGE
 from .errors import ModelError
+from .interrupt import at_work
 
 CHUNK = 1 << 24
 """Bytes of one read call: far below the 2 GiB at which one call stops short, and soon done when a run is closed."""
@@ -137,9 +139,14 @@ class Reading:
 
     def wait(self) -> None:
         """Until nothing more is written. Raises `ModelError` if a file could not be read, and `Closed`."""
-        wait(self._parts)
         for part in self._parts:
-            part.result()
+            with contextlib.suppress(CancelledError):  # which `concurrent.futures.wait` would wait for
+                part.exception()
+        try:
+            for part in self._parts:
+                part.result()
+        except CancelledError:
+            raise Closed from None
 
 
 class Reader:
@@ -169,10 +176,11 @@ class Reader:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, part: Span, room: memoryview) -> None:
-        done = 0 if not self._past or part.shard in self._refused else self._direct(part, room)
-        if done < part.size:
-            with self._in_order:  # the system reads ahead for one who reads in a row
-                self._buffered(part, room, done)
+        with at_work(lambda: f"{self._shards.folder / part.shard} was read from byte {part.begin} on"):
+            done = 0 if not self._past or part.shard in self._refused else self._direct(part, room)
+            if done < part.size:
+                with self._in_order:  # the system reads ahead for one who reads in a row
+                    self._buffered(part, room, done)
 
     def _direct(self, part: Span, room: memoryview) -> int:
         """Bytes read past the page cache: fewer than all where a read stopped within a page, or is refused."""

@@ -32,7 +32,7 @@ from .checkpoint import FP8_SCALES, MXFP4, STORED, Checkpoint, Entry, Layout, Pa
 from .device import Cpu, Device, Event
 from .errors import ModelError
 from .formats import Quantisation
-from .interrupt import Check, patiently
+from .interrupt import Check, at_work, patiently
 from .reading import Closed, Gathered, Reader, Reading, Shards
 from .recipes import (
     CPU_STAGINGS,
@@ -172,7 +172,8 @@ class Weights:
 
     def _stage(self, stage: Stage, slab: "_Slab", free: Event) -> "_Loaded":
         found = self._recipes[stage]
-        loaded = self._loader.load(found, slab.memory, free)
+        with at_work(lambda: f"the weights of stage {stage.label} were read"):
+            loaded = self._loader.load(found, slab.memory, free)
         whole, turns = self._layout[stage], self._turns
         weights: Any = loaded.weights
         if stage.kind == "head":
@@ -278,8 +279,9 @@ class _Turns:
         self._loader.close()
 
     def _read(self, parcel: Parcel, memory: Tensor, free: Event) -> _Loaded:
-        found = recipe(parcel, self._dtype, self._way)
-        loaded = self._loader.load(found, memory, free)
+        with at_work(lambda: f"{next(iter(parcel.slots)).pieces[0].values.name}, and what goes with it, was read"):
+            found = recipe(parcel, self._dtype, self._way)
+            loaded = self._loader.load(found, memory, free)
         self._moved(found.read, loaded.seconds)
         return loaded
 
