@@ -40,7 +40,7 @@ from . import (
     stablelm,
     starcoder2,
 )
-from .contract import ArchError, Family
+from .contract import ArchError, Family, shown
 from .wrappers import TEXT as WRAPPERS
 from .wrappers import text_config, text_type, wrapped
 
@@ -91,7 +91,7 @@ def family(hf: Mapping[str, Any]) -> Family:
         if model_type in candidate.model_types:
             return wrapped(candidate) if inner else candidate
     known = ", ".join(sorted([*WRAPPERS, *(name for candidate in FAMILIES for name in candidate.model_types)]))
-    raise ArchError(f"model_type {model_type!r} is not supported; supported: {known}")
+    raise ArchError(f"model_type {shown(model_type)} is not supported; supported: {known}")
 
 
 def supported() -> tuple[Family, ...]:

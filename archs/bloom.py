@@ -55,7 +55,7 @@ class Config:
             hidden=hidden,
             heads=n_heads,
             vocab=keys.size("vocab_size", 250880),
-            eps=keys.number("layer_norm_epsilon", 1e-5),
+            eps=keys.number("layer_norm_epsilon", 1e-5, least=0),
             tied=keys.flag("tie_word_embeddings", True),
         )
         keys.finish(HARMLESS)

@@ -52,7 +52,7 @@ class Config(llama.Config):
         head_dim = keys.size("head_dim", keys.size("hidden_size") // keys.size("num_attention_heads"))
         config = cls.read(
             keys,
-            eps=keys.number("layer_norm_eps", 1e-5),
+            eps=keys.number("layer_norm_eps", 1e-5, least=0),
             rope=Rope.from_hf(keys, head_dim, keys.size("max_position_embeddings"), 500000.0),
             mlp_bias=False,
             qk_norm=keys.flag("use_qk_norm", False),

@@ -49,8 +49,20 @@ MUST_BE_OFF = (
 ).split()
 """Keys that change the forward pass of any family; tolerated only where they are off (false, null or empty)."""
 
-LARGEST, MOST_LAYERS = 2**31 - 1, 10_000
+LARGEST, MOST_LAYERS = 2**31 - 1, 1_000
 """Bounds of what a config may ask for."""
+LONG, MANY = 80, 12
+"""Characters of a value and number of values that an error shows."""
+
+
+def shown(value: object) -> str:
+    """A value of a config or a file as an error shows it: one line, in bounds whatever it is."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= LONG else value[:LONG] + "...")
+    if isinstance(value, dict | list | tuple) and len(value) > LONG:
+        return f"a {type(value).__name__} of {len(value)}"
+    text = repr(value)
+    return text if len(text) <= 2 * LONG else text[:LONG] + "..."
 
 
 class Keys:
@@ -72,20 +84,30 @@ class Keys:
         if value is None:
             raise ArchError(f"{self._where} lacks {key!r} ({kind})")
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise ArchError(f"{self._where}: {key!r} must be {kind}, not {value!r}")
+            raise ArchError(f"{self._where}: {key!r} must be {kind}, not {shown(value)}")
         return value
 
     def size(self, key: str, default: int | None = None, most: int = LARGEST) -> int:
         """An integer from 1 to ``most``."""
         value: int = self._checked(key, default, (int,), "a positive integer")
         if not 1 <= value <= most:
-            raise ArchError(f"{self._where}: {key!r} must be an integer from 1 to {most}, not {value!r}")
+            raise ArchError(f"{self._where}: {key!r} must be an integer from 1 to {most}, not {shown(value)}")
         return value
 
-    def number(self, key: str, default: float | None = None) -> float:
-        value = float(self._checked(key, default, (int, float), "a number"))
+    def number(
+        self, key: str, default: float | None = None, *, least: float = -math.inf, above: float = -math.inf
+    ) -> float:
+        """A finite number, at least ``least`` and larger than ``above``."""
+        given = self._checked(key, default, (int, float), "a number")
+        try:
+            value = float(given)
+        except OverflowError:
+            value = math.inf
         if not math.isfinite(value):
-            raise ArchError(f"{self._where}: {key!r} must be a finite number, not {value!r}")
+            raise ArchError(f"{self._where}: {key!r} must be a finite number, not {shown(given)}")
+        if value < least or value <= above:
+            bound = f"{least:g} or more" if least > above else f"more than {above:g}"
+            raise ArchError(f"{self._where}: {key!r} must be a number, {bound}, not {shown(given)}")
         return value
 
     def flag(self, key: str, default: bool) -> bool:
@@ -95,7 +117,9 @@ class Keys:
     def choice(self, key: str, default: str | None, choices: Collection[str]) -> str:
         value: str = self._checked(key, default, (str,), "a string")
         if value not in choices:
-            raise ArchError(f"{self._where}: {key} {value!r} is not supported; supported: {', '.join(sorted(choices))}")
+            raise ArchError(
+                f"{self._where}: {key} {shown(value)} is not supported; supported: {', '.join(sorted(choices))}"
+            )
         return value
 
     def optional(self, key: str, default: int | None = None) -> int | None:
@@ -110,7 +134,7 @@ class Keys:
         value = self.get(key, default)
         if value not in allowed:
             known = " or ".join(repr(other) for other in allowed)
-            raise ArchError(f"{self._where}: {key!r} = {value!r} is not supported; supported: {known}")
+            raise ArchError(f"{self._where}: {key!r} = {shown(value)} is not supported; supported: {known}")
         return value
 
     def sequence(self, key: str, kind: type, length: int | None = None) -> tuple[Any, ...] | None:
@@ -120,10 +144,19 @@ class Keys:
             return None
         kinds = (int, float) if kind is float else (kind,)
         if not isinstance(value, list | tuple) or not all(type(item) in kinds for item in value):
-            raise ArchError(f"{self._where}: {key!r} must be a list of {kind.__name__}, not {value!r}")
+            raise ArchError(f"{self._where}: {key!r} must be a list of {kind.__name__}, not {shown(value)}")
+        if len(value) > MOST_LAYERS:
+            raise ArchError(f"{self._where}: {key!r} has {len(value)} entries; more than {MOST_LAYERS} are refused")
         if length is not None and len(value) != length:
             raise ArchError(f"{self._where}: {key!r} has {len(value)} entries where {length} are needed")
-        return tuple(kind(item) for item in value)
+        try:
+            items = tuple(kind(item) for item in value)
+            finite = kind is not float or all(map(math.isfinite, items))
+        except OverflowError:
+            finite = False
+        if not finite:
+            raise ArchError(f"{self._where}: {key!r} must hold finite numbers, not {shown(value)}")
+        return items
 
     def layer_types(self, layers: int, kinds: Collection[str], default: Callable[[int], str]) -> tuple[str, ...]:
         """Each layer's kind of attention, from ``layer_types`` or by the family's rule."""
@@ -131,14 +164,14 @@ class Keys:
         unknown = sorted(set(found) - set(kinds))
         if unknown:
             known = ", ".join(sorted(kinds))
-            raise ArchError(f"{self._where}: layer type {unknown[0]!r} is not supported; supported: {known}")
+            raise ArchError(f"{self._where}: layer type {shown(unknown[0])} is not supported; supported: {known}")
         return found
 
     def nested(self, key: str) -> "Keys":
         """The keys of a nested mapping; an absent one is empty. It has its own `finish`."""
         value = self.get(key, {})
         if not isinstance(value, Mapping):
-            raise ArchError(f"{self._where}: {key!r} must be a mapping, not {value!r}")
+            raise ArchError(f"{self._where}: {key!r} must be a mapping, not {shown(value)}")
         return Keys(value, f"{self._where} {key!r}")
 
     def __contains__(self, key: str) -> bool:
@@ -148,10 +181,11 @@ class Keys:
         """Refuse every key that was not read and is not known to be harmless."""
         for key in MUST_BE_OFF:
             if self._hf.get(key) and key not in self._used:
-                raise ArchError(f"{self._where}: {key!r} = {self._hf[key]!r} is not supported")
+                raise ArchError(f"{self._where}: {key!r} = {shown(self._hf[key])} is not supported")
         unknown = sorted(set(self._hf) - self._used - HARMLESS - set(MUST_BE_OFF) - set(harmless))
         if unknown:
-            found = ", ".join(f"{key!r} = {self._hf[key]!r}" for key in unknown)
+            found = ", ".join(f"{shown(key)} = {shown(self._hf[key])}" for key in unknown[:MANY])
+            found += f" and {len(unknown) - MANY} more" if len(unknown) > MANY else ""
             raise ArchError(f"{self._where} holds what this family does not implement: {found}")
 
 

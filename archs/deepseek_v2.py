@@ -117,7 +117,7 @@ class Latent(llama.Config):
 def softmax_scale(keys: Keys, rope: Rope, width: int) -> float:
     """``width ** -0.5``, times the square of what yarn's ``mscale_all_dim`` makes of its factor."""
     scaled = keys.nested("rope_scaling" if keys.get("rope_scaling") else "rope_parameters")
-    weight = scaled.number("mscale_all_dim", 0.0)
+    weight = scaled.number("mscale_all_dim", 0.0, least=0)
     grown = 0.1 * weight * math.log(rope.factor) + 1.0 if weight and rope.factor > 1 else 1.0
     return float(width**-0.5 * grown * grown)
 

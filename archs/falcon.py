@@ -97,7 +97,7 @@ class Config:
             mlp_width=keys.size("ffn_hidden_size", 4 * hidden),
             vocab=keys.size("vocab_size", 65024),
             act=keys.choice("activation", "gelu", ACTIVATIONS),
-            eps=keys.number("layer_norm_epsilon", 1e-5),
+            eps=keys.number("layer_norm_epsilon", 1e-5, least=0),
             alibi=keys.flag("alibi", False),
             rope=Rope.from_hf(keys, head_dim, keys.size("max_position_embeddings", 2048)),
             parallel=parallel,

@@ -76,14 +76,14 @@ class Config(llama.Config):
         """The words of Gemma 2 and 3; ``own``: as for a Llama."""
         act = keys.choice("hidden_activation", None, ACTIVATIONS)
         keys.only("hidden_act", act, act)
-        scale = keys.number("query_pre_attn_scalar") ** -0.5
+        scale = keys.number("query_pre_attn_scalar", above=0) ** -0.5
         return super().read(
             keys, act=act, mlp_bias=False, scale=scale, final_cap=cap(keys, "final_logit_softcapping"), **own
         )
 
 
 def cap(keys: Keys, key: str) -> float | None:
-    return keys.number(key) if keys.get(key) is not None else None
+    return keys.number(key, above=0) if keys.get(key) is not None else None
 
 
 KINDS = ("sliding_attention", "full_attention")

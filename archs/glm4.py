@@ -39,7 +39,7 @@ class Config(llama.Config):
             keys,
             head_dim=head_dim,
             kv_heads=keys.size("num_key_value_heads", 2),
-            eps=keys.number("rms_norm_eps", 1.5625e-7),
+            eps=keys.number("rms_norm_eps", 1.5625e-7, least=0),
             rope=Rope.from_hf(keys, head_dim, keys.size("max_position_embeddings", 131072), partial=0.5),
             attention_bias=keys.flag("attention_bias", True),
             mlp_bias=False,

@@ -56,7 +56,7 @@ class Config:
             vocab=keys.size("vocab_size", 50257),
             max_positions=keys.size("n_positions", 1024),
             act=keys.choice("activation_function", "gelu_new", ACTIVATIONS),
-            eps=keys.number("layer_norm_epsilon", 1e-5),
+            eps=keys.number("layer_norm_epsilon", 1e-5, least=0),
             scale_by_width=keys.flag("scale_attn_weights", True),
             scale_by_layer=keys.flag("scale_attn_by_inverse_layer_idx", False),
             upcast_scores=keys.flag("reorder_and_upcast_attn", False),

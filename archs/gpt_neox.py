@@ -61,7 +61,7 @@ class Config:
             mlp_width=keys.size("intermediate_size", 24576),
             vocab=keys.size("vocab_size", 50432),
             act=keys.choice("hidden_act", "gelu", ACTS),
-            eps=keys.number("layer_norm_eps", 1e-5),
+            eps=keys.number("layer_norm_eps", 1e-5, least=0),
             rope=Rope.from_hf(keys, hidden // n_heads, positions, theta, partial=share),
             parallel=keys.flag("use_parallel_residual", True),
             attention_bias=keys.flag("attention_bias", True),

@@ -71,7 +71,7 @@ class Config(llama.Config):
             head_dim=head_dim,
             kv_heads=keys.optional("num_key_value_heads", 8),
             act="silu",
-            eps=keys.number("rms_norm_eps", 1e-5),
+            eps=keys.number("rms_norm_eps", 1e-5, least=0),
             rope=Rope.from_hf(keys, head_dim, keys.size("max_position_embeddings", 131072), 150000.0),
             attention_bias=keys.flag("attention_bias", True),
             mlp_bias=True,
@@ -79,7 +79,7 @@ class Config(llama.Config):
             experts=keys.size("num_local_experts", keys.get("num_experts", 128)),
             chosen=chosen,
             alpha=keys.number("swiglu_alpha", 1.702),
-            limit=keys.number("swiglu_limit", 7.0),
+            limit=keys.number("swiglu_limit", 7.0, above=0),
         )
         keys.finish(HARMLESS)
         return config

@@ -60,7 +60,7 @@ class Config:
             vocab=keys.size("vocab_size", 50400),
             max_positions=positions,
             act=keys.choice("activation_function", "gelu_new", ACTIVATIONS),
-            eps=keys.number("layer_norm_epsilon", 1e-5),
+            eps=keys.number("layer_norm_epsilon", 1e-5, least=0),
             rope=Rope(kind="default", dim=rotated, theta=10000.0, max_positions=positions),
             tied=keys.flag("tie_word_embeddings", False),
         )

@@ -52,7 +52,7 @@ class Config(llama.Config):
             embedding_multiplier=keys.number("embedding_multiplier", 1.0),
             attention_multiplier=keys.number("attention_multiplier", 1.0),
             residual_multiplier=keys.number("residual_multiplier", 1.0),
-            logits_scaling=keys.number("logits_scaling", 1.0),
+            logits_scaling=keys.number("logits_scaling", 1.0, above=0),
             **own,
         )
 

@@ -70,7 +70,7 @@ class Config:
             "mlp_width": keys.size("intermediate_size"),
             "vocab": keys.size("vocab_size"),
             "act": own.get("act") or keys.choice("hidden_act", "silu", ACTIVATIONS),
-            "eps": own.get("eps") or keys.number("rms_norm_eps", 1e-6),
+            "eps": own.get("eps") or keys.number("rms_norm_eps", 1e-6, least=0),
             "rope": own.get("rope") or Rope.from_hf(keys, head_dim, keys.size("max_position_embeddings", 2048)),
         }
         for word, key in {

@@ -39,7 +39,7 @@ class Config(llama.Config):
         for key in ("layer_norm_eps", "norm_eps", "rms_norm_eps"):
             if key in keys:
                 raise ArchError(f"config.json: {key!r} is not supported by this family, whose epsilon is always 1e-5")
-        clip = keys.number("clip_qkv") if "clip_qkv" in keys else keys.get("clip_qkv")
+        clip = keys.number("clip_qkv", least=0) if "clip_qkv" in keys else keys.get("clip_qkv")
         config = cls.read(keys, mlp_bias=False, eps=1e-5, clip=clip)
         keys.finish(HARMLESS)
         return config

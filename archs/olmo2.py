@@ -35,7 +35,7 @@ class Config(llama.Config):
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> Self:
         keys = Keys(hf)
-        config = cls.read(keys, mlp_bias=False, eps=keys.number("rms_norm_eps", 1e-5))
+        config = cls.read(keys, mlp_bias=False, eps=keys.number("rms_norm_eps", 1e-5, least=0))
         keys.finish(HARMLESS)
         return config
 

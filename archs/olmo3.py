@@ -50,7 +50,7 @@ class Config(olmo2.Config):
         config = cls.read(
             keys,
             mlp_bias=False,
-            eps=keys.number("rms_norm_eps", 1e-5),
+            eps=keys.number("rms_norm_eps", 1e-5, least=0),
             rope=full,
             ropes=tuple(ropes[kind] for kind in found),
             sees=tuple(sees[kind] for kind in found),

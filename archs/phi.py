@@ -58,7 +58,7 @@ class Config:
             mlp_width=keys.size("intermediate_size", 8192),
             vocab=keys.size("vocab_size", 51200),
             act=keys.choice("hidden_act", "gelu_new", ACTIVATIONS),
-            eps=keys.number("layer_norm_eps", 1e-5),
+            eps=keys.number("layer_norm_eps", 1e-5, least=0),
             rope=Rope.from_hf(keys, hidden // n_heads, positions, partial=0.5),
             qk_norm=keys.flag("qk_layernorm", False),
             tied=keys.flag("tie_word_embeddings", False),

@@ -42,7 +42,7 @@ class Config(llama.Config):
         keys.get("original_max_position_embeddings")
         config = cls.read(
             keys,
-            eps=keys.number("rms_norm_eps", 1e-5),
+            eps=keys.number("rms_norm_eps", 1e-5, least=0),
             rope=rope,
             attention_bias=False,
             mlp_bias=False,

@@ -27,6 +27,8 @@ BY_LENGTH = ("dynamic", "longrope")
 """Kinds whose frequencies depend on the longest sequence."""
 ALIASES = {"su": "longrope"}
 """Names of old files."""
+LEAST = 1e-3
+"""Of a factor by which positions are stretched."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,7 @@ class Rope:
         cls, scaled: Keys, keys: Keys, head_dim: int, max_positions: int, theta: float, *, partial: float | None = None
     ) -> "Rope":
         """From the mapping of one rotary embedding; ``keys``: the config around it. Finishes ``scaled``."""
-        theta = scaled.number("rope_theta", theta)
+        theta = scaled.number("rope_theta", theta, above=1)
         kind = scaled.choice("rope_type" if "rope_type" in scaled else "type", "default", (*KINDS, *ALIASES))
         kind = ALIASES.get(kind, kind)
         scaled.get("type")
@@ -78,22 +80,24 @@ class Rope:
         share = scaled.number("partial_rotary_factor", keys.number("partial_rotary_factor", rotated))
         if partial is None and share != 1.0:
             raise ArchError(f"'partial_rotary_factor' = {share} is not supported by this family")
-        dim = int(head_dim * share)
+        dim = int(head_dim * min(max(share, 0.0), 2.0))
         if dim < 2 or dim % 2 or dim > head_dim:
             raise ArchError(f"{dim} of {head_dim} dimensions of a head would be rotated: rotary embedding needs pairs")
         rope = cls(kind=kind, dim=dim, theta=theta, max_positions=max_positions)
         stored = scaled.size("original_max_position_embeddings", max_positions)
         original = keys.size("original_max_position_embeddings", stored)
         if kind in ("linear", "dynamic"):
-            rope = dataclasses.replace(rope, factor=scaled.number("factor"))
+            rope = dataclasses.replace(rope, factor=scaled.number("factor", least=LEAST))
+        if kind == "dynamic" and dim == 2:
+            raise ArchError("rope type 'dynamic' needs heads of which more than 2 dimensions are rotated")
         if kind in ("llama3", "yarn", "longrope"):
             rope = dataclasses.replace(rope, original=original)
         if kind == "llama3":
             rope = dataclasses.replace(
                 rope,
-                factor=scaled.number("factor"),
-                low_freq_factor=scaled.number("low_freq_factor"),
-                high_freq_factor=scaled.number("high_freq_factor"),
+                factor=scaled.number("factor", least=LEAST),
+                low_freq_factor=(low := scaled.number("low_freq_factor", above=0)),
+                high_freq_factor=scaled.number("high_freq_factor", above=low),
             )
         if kind == "yarn":
             rope = rope._yarn(scaled)
@@ -106,25 +110,30 @@ class Rope:
         short, long = (scaled.sequence(key, float, self.dim // 2) for key in ("short_factor", "long_factor"))
         if short is None or long is None:
             raise ArchError("rope type 'longrope' needs 'short_factor' and 'long_factor'")
-        factor = scaled.number("factor", self.max_positions / self.original)
+        if min(*short, *long) <= 0:
+            raise ArchError("rope type 'longrope' needs positive numbers in 'short_factor' and 'long_factor'")
+        factor = scaled.number("factor", self.max_positions / self.original, least=LEAST)
+        if factor > 1 and self.original == 1:
+            raise ArchError("rope type 'longrope' needs an 'original_max_position_embeddings' of more than 1")
         grown = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(self.original))
         return dataclasses.replace(
-            self, short=short, long=long, attention_factor=scaled.number("attention_factor", grown)
+            self, short=short, long=long, attention_factor=scaled.number("attention_factor", grown, above=0)
         )
 
     def _yarn(self, scaled: Keys) -> "Rope":
-        factor = scaled.number("factor", self.max_positions / self.original)
+        factor = scaled.number("factor", self.max_positions / self.original, least=LEAST)
 
         def mscale(weight: float) -> float:
             return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-        num, den = scaled.number("mscale", 0.0), scaled.number("mscale_all_dim", 0.0)
+        num, den = (scaled.number(key, 0.0, least=0) for key in ("mscale", "mscale_all_dim"))
+        grown = mscale(num) / mscale(den) if num and den else mscale(1)
         return dataclasses.replace(
             self,
             factor=factor,
-            attention_factor=scaled.number("attention_factor", mscale(num) / mscale(den) if num and den else mscale(1)),
-            beta_fast=scaled.number("beta_fast", 32.0) or 32.0,
-            beta_slow=scaled.number("beta_slow", 1.0) or 1.0,
+            attention_factor=scaled.number("attention_factor", grown, above=0),
+            beta_fast=scaled.number("beta_fast", 32.0, least=0) or 32.0,
+            beta_slow=scaled.number("beta_slow", 1.0, least=0) or 1.0,
             truncate=scaled.flag("truncate", True),
         )
 

@@ -56,7 +56,7 @@ class Config(llama.Config):
         config = cls.read(
             keys,
             head_dim=hidden // n_heads,
-            eps=keys.number("layer_norm_eps", 1e-5),
+            eps=keys.number("layer_norm_eps", 1e-5, least=0),
             rope=Rope.from_hf(keys, hidden // n_heads, keys.size("max_position_embeddings"), partial=0.25),
             attention_bias=keys.flag("use_qkv_bias", False),
             mlp_bias=False,

@@ -41,7 +41,7 @@ class Config(llama.Config):
             keys,
             kv_heads=keys.size("num_key_value_heads", 2),
             act=keys.choice("hidden_act", "gelu_pytorch_tanh", ACTIVATIONS),
-            eps=keys.number("norm_epsilon", 1e-5),
+            eps=keys.number("norm_epsilon", 1e-5, least=0),
             rope=Rope.from_hf(keys, head_dim, keys.size("max_position_embeddings", 4096)),
             attention_bias=bias,
             mlp_bias=bias,

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from .contract import ArchError, Family, Keys
+from .contract import ArchError, Family, Keys, shown
 
 TEXT = {"gemma3": "gemma3_text", "llama4": "llama4_text", "llava": "llama", "mistral3": "mistral"}
 """``model_type`` of a wrapper -> that of a ``text_config`` that does not name its own."""
@@ -44,7 +44,7 @@ def text_type(hf: Mapping[str, Any]) -> str | None:
         raise ArchError(f"config.json of model type {outer!r} lacks 'text_config' (a mapping)")
     inner = str(text.get("model_type") or TEXT[outer])
     if outer in ONLY and inner != TEXT[outer]:
-        raise ArchError(f"config.json: {outer!r} around a text model of type {inner!r} is not supported")
+        raise ArchError(f"config.json: {outer!r} around a text model of type {shown(inner)} is not supported")
     return inner
 
 

@@ -6,12 +6,9 @@ which tensors each stage takes, after names and shapes were checked against the 
 read. Knows no maths, and reads no tensor.
 """
 
-import json
 import math
 import os
 import re
-import struct
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +21,7 @@ from xxhash import xxh3_128
 from archs.contract import ExpertSource, Family, Source, routed, stored
 
 from .errors import ModelError
+from .foreign import MOST_JSON, is_plain, opened, parse, read_json, read_part, shown
 from .formats import Quantisation
 from .schedule import Stage
 
@@ -37,6 +35,9 @@ DTYPES: dict[str, torch.dtype] = {
 STORED: Mapping[str, torch.dtype] = DTYPES | {"F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8}
 """Those, and what quantised weights are made of."""
 
+SCALES = {*DTYPES, "U8"}
+"""Of fp8, and of mxfp4."""
+
 Format = Literal["plain", "fp8", "mxfp4"]
 """How a tensor's values are stored; see `fpwap.formats`."""
 QUANTISED: Mapping[str, Format] = {"F8_E4M3": "fp8", "U8": "mxfp4"}
@@ -44,7 +45,21 @@ QUANTISED: Mapping[str, Format] = {"F8_E4M3": "fp8", "U8": "mxfp4"}
 FP8_SCALES, MXFP4 = "_scale_inv", ("_blocks", "_scales")
 """What follows a quantised tensor's name in the names of its companions."""
 
+BITS: Mapping[str, int] = {
+    "F4": 4,
+    **dict.fromkeys("F6_E2M3 F6_E3M2".split(), 6),
+    **dict.fromkeys("BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F8_E5M2FNUZ F8_E4M3FNUZ".split(), 8),
+    **dict.fromkeys("I16 U16 F16 BF16".split(), 16),
+    **dict.fromkeys("I32 U32 F32".split(), 32),
+    **dict.fromkeys("I64 U64 F64 C64".split(), 64),
+}
+"""Of an element, for every dtype that safetensors knows."""
+MOST_DIMENSIONS, LARGEST = 64, 2**63 - 1
+"""Of a stored tensor: what torch can view, and what fits an offset."""
+MARK = "__metadata__"
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD = re.compile(r"[^/\\*?\[\]{}]+\.safetensors")
 SAMPLE, SAMPLES = 4096, 5
 """Bytes and number of the samples of each tensor by which a shard is told from another."""
 
@@ -67,6 +82,8 @@ class Entry:
         return self.start + index * (self.size // of), self.size // of
 
 
+Stamp = tuple[int, int, int]
+"""Device, inode and size of a file; times say nothing."""
 Header = Callable[[str], "list[Entry]"]
 """Reads the entries of a shard that is not in the folder."""
 
@@ -76,12 +93,14 @@ class Checkpoint:
     """The tensors of a model folder by name.
 
     needed: the shards that a run reads. absent: tensor -> shard, of those that are not there and need not be.
+    stamps: of the files whose headers were read.
     """
 
     folder: Path
     entries: Mapping[str, Entry]
     needed: tuple[str, ...]
     absent: Mapping[str, str] = field(default_factory=dict)
+    stamps: Mapping[str, Stamp] = field(default_factory=dict)
 
     @classmethod
     def open(
@@ -90,7 +109,7 @@ class Checkpoint:
         needed: "Callable[[Mapping[str, str]], set[str] | None] | None" = None,
         elsewhere: Header | None = None,
     ) -> "Checkpoint":
-        """Reads the headers. Raises `ModelError` for missing, foreign or damaged files.
+        """Reads the headers. Raises `ModelError` for missing, foreign or damaged files, and if the index is wrong.
 
         needed: told the shard of every tensor, says which tensors are needed; without it, or if it says None, all are.
         A shard that holds none of them may be missing. elsewhere: reads the header of a needed shard that is not in the
@@ -100,18 +119,30 @@ class Checkpoint:
         wanted = None if claimed is None or needed is None else needed(claimed)
         must = shards if claimed is None or wanted is None else sorted({claimed[name] for name in wanted})
         entries: dict[str, Entry] = {}
-        absent: dict[str, str] = {}
+        missing: set[str] = set()
+        problems: list[str] = []
+        stamps: dict[str, Stamp] = {}
         for shard in shards:
-            if not (folder / shard).is_file() and shard not in must:
-                absent |= {name: where for name, where in (claimed or {}).items() if where == shard}
+            if not os.path.exists(folder / shard) and shard not in must:
+                missing.add(shard)
                 continue
-            for entry in _header(folder, shard, elsewhere):
-                if claimed is None or claimed.get(entry.name) == shard:
+            found, stamp = _header(folder, shard, elsewhere)
+            stamps |= {shard: stamp} if stamp else {}
+            for entry in found:
+                home = (claimed or {}).get(entry.name, shard)
+                if home == shard and entry.name not in entries:
                     entries[entry.name] = entry
+                else:
+                    other = home if home != shard else entries[entry.name].shard
+                    problems.append(f"{entry.name} lies in {shard} where it is said to lie in {other}")
+        absent = {name: shard for name, shard in (claimed or {}).items() if shard in missing}
         lost = sorted(set(claimed or ()) - set(entries) - set(absent))
         if lost:
-            raise ModelError(f"{folder / INDEX} names tensors that its shards do not hold: {_some(lost)}")
-        return cls(folder, entries, tuple(must), absent)
+            problems.insert(0, f"it names tensors that its shards do not hold: {_some(lost)}")
+        if problems:
+            said = f"{'; '.join(problems[:12])}{_more(problems, 12)}"
+            raise ModelError(f"{folder / INDEX} does not fit its shards: {said}")
+        return cls(folder, entries, tuple(must), absent, stamps)
 
     @property
     def names(self) -> set[str]:
@@ -125,8 +156,10 @@ class Checkpoint:
         """
         held = self._by_shard()
         for shard in self.needed:
-            found = {entry.name: entry for entry in _header(folder, shard, None)}
-            if any(found.get(entry.name) != entry for entry in held[shard]):
+            entries, stamp = _header(folder, shard, None)
+            found = {entry.name: entry for entry in entries}
+            other = folder == self.folder and self.stamps.get(shard, stamp) != stamp
+            if other or any(found.get(entry.name) != entry for entry in held[shard]):
                 raise ModelError(
                     f"{folder / shard} is not the file whose header the plan was made of: it was replaced; run it again"
                 )
@@ -170,25 +203,35 @@ def shard_names(folder: Path, *, present: bool = True, single: bool = False) -> 
     present: they must be there. single: without an index it is ``model.safetensors``, there or not. Raises
     `ModelError`.
     """
-    if (folder / SINGLE).is_file() or (single and not (folder / INDEX).is_file()):
+    index = folder / INDEX
+    if os.path.lexists(folder / SINGLE) or (single and not os.path.lexists(index)):
         return [SINGLE], None
-    if not (folder / INDEX).is_file():
+    if not os.path.lexists(index):
         pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth"))
         advice = f"; {pickles[0]} is a pickle and is never opened: convert it to safetensors first" if pickles else ""
         raise ModelError(f"{folder} holds neither {SINGLE} nor {INDEX}{advice}")
-    try:
-        claimed = json.loads((folder / INDEX).read_text())["weight_map"]
-        names = sorted(set(claimed.values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{folder / INDEX} is not an index of safetensors shards: {error!r}") from error
-    for name in names:
-        if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
+    found = read_json(index, unique=True)
+    claimed = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(claimed, dict) or not claimed:
+        raise ModelError(f"{index} is not an index of safetensors shards: it has no 'weight_map' of tensors to files")
+    for name, shard in claimed.items():
+        if not is_plain(name):
+            raise ModelError(f"{index} names the tensor {shown(name)}: names are a line of printable characters")
+        if not _is_file_name(shard):
             raise ModelError(
-                f"{folder / INDEX} names the shard {name!r}: shards are plain file names in the model folder"
+                f"{index} names the shard {shown(shard)} for {name}: shards are plain file names in the model folder, "
+                "and end in .safetensors; convert others first"
             )
-        if present and not (folder / name).is_file():
+    names = sorted(set(claimed.values()))
+    for name in names:
+        if present and not os.path.exists(folder / name):
             raise _missing(folder, name)
     return names, claimed
+
+
+def _is_file_name(name: object) -> bool:
+    """Of a shard; one that is a pattern would have the hub fetch other files."""
+    return is_plain(name) and SHARD.fullmatch(name) is not None and len(os.fsencode(name)) < 256
 
 
 def _missing(folder: Path, shard: str) -> ModelError:
@@ -201,56 +244,140 @@ def _content(path: Path, entries: Sequence[Entry]) -> str:
         return f"blob {blob.name}"
     try:
         digest = xxh3_128(str(path.stat().st_size).encode())
-        with open(path, "rb") as file:
+        with opened(path) as file:
             for entry in entries:
                 digest.update(repr(entry).encode())
                 for part in range(SAMPLES):
-                    file.seek(entry.start + max(0, entry.size - SAMPLE) * part // (SAMPLES - 1))
-                    digest.update(file.read(min(SAMPLE, entry.size)))
+                    begin = entry.start + max(0, entry.size - SAMPLE) * part // (SAMPLES - 1)
+                    digest.update(read_part(file, begin, begin + min(SAMPLE, entry.size)))
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from error
     return f"sampled {digest.hexdigest()}"
 
 
-def _header(folder: Path, shard: str, elsewhere: Header | None) -> list[Entry]:
-    if (folder / shard).is_file():
+def _header(folder: Path, shard: str, elsewhere: Header | None) -> tuple[list[Entry], Stamp | None]:
+    if os.path.exists(folder / shard):
         return _read_header(folder, shard)
     if elsewhere is None:
         raise _missing(folder, shard)
-    return elsewhere(shard)
+    return elsewhere(shard), None
 
 
-def _read_header(folder: Path, shard: str) -> list[Entry]:
+def _read_header(folder: Path, shard: str) -> tuple[list[Entry], Stamp]:
     path = folder / shard
+    with opened(path) as file:
+        status = os.fstat(file)
+        head = read_part(file, 0, 8)
+        head += read_part(file, 8, 8 + header_length(head))
+    return entries_of(str(path), shard, head, status.st_size), (status.st_dev, status.st_ino, status.st_size)
+
+
+def header_length(head: bytes) -> int:
+    """Bytes of the header of a file that begins so; 0 if it has none."""
+    length = int.from_bytes(head[:8], "little") if len(head) >= 8 else 0
+    return length if length <= MOST_JSON else 0
+
+
+def entries_of(path: str, shard: str, head: bytes, size: int | None) -> list[Entry]:
+    """The entries of a safetensors file, in its order.
+
+    path: for errors. head: the file's first eight bytes and its header. size: of the whole file; None if that is not
+    known, then its end is not checked. Refuses all that the safetensors library refuses, and besides: keys that come
+    twice or that no tensor has, names of more than a line, more than 64 dimensions, headers of more than 32 MiB. Raises
+    `ModelError`.
+    """
     try:
-        with safe_open(path, framework="pt"):  # checks sizes, offsets, overlaps and dtypes
-            pass
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length), object_pairs_hook=_without_repeats)
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        length = header_length(head)
+        if not length:
+            raise ValueError("its header has no length")
+        if len(head) < 8 + length:
+            raise ValueError(f"it ends within its header of {length} bytes")
+        if not head.startswith(b"{", 8):
+            raise ValueError("its header is no JSON object")
+        entries = _entries(shard, parse(head[8 : 8 + length], unique=True, numbers=_natural), 8 + length)
+        end = entries[-1].start + entries[-1].size if entries else 8 + length
+        if size is not None and end != size:
+            which = "is cut off" if end > size else "goes on behind its tensors"
+            raise ValueError(f"it {which}: {size} bytes, where its header says {end}")
+        if size is not None:
+            _second_opinion(head[: 8 + length], size)
+    except ValueError as error:
         raise ModelError(f"{path} is not a readable safetensors file: {error}") from error
-    return entries_of(shard, header, length)
+    return entries
 
 
-def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, whose second value for a key another reader might take for the first."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = Counter(name for name, _ in pairs)
-        raise ValueError(f"{names.most_common(1)[0][0]!r} comes twice in its header")
-    return found
+def _entries(shard: str, header: Any, start: int) -> list[Entry]:
+    about = header.pop(MARK, {})
+    if not isinstance(about, dict) or not all(isinstance(value, str) for value in about.values()):
+        raise ValueError(f"{MARK} is no table of strings")
+    spans = []
+    for name, info in header.items():
+        if not is_plain(name):
+            raise ValueError(f"a tensor is named {shown(name)}: names are a line of printable characters")
+        if not isinstance(info, dict) or set(info) != {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"{name} is not described by 'dtype', 'shape' and 'data_offsets'")
+        spans.append(_span(name, **info))
+    entries, at = [], 0
+    for begin, end, name, dtype, shape in sorted(spans):
+        if begin != at:
+            raise ValueError(f"{name} {'overlaps what is before it' if begin < at else 'has a hole before it'}")
+        entries.append(Entry(name, shard, dtype, shape, start + begin, end - begin))
+        at = end
+    return entries
 
 
-def entries_of(shard: str, header: Mapping[str, Any], length: int) -> list[Entry]:
-    """The entries of a safetensors header, in the order of the file. length: of the header, in bytes."""
-    entries = [
-        Entry(name, shard, info["dtype"], tuple(info["shape"]), 8 + length + begin, end - begin)
-        for name, info in header.items()
-        if name != "__metadata__"
-        for begin, end in [info["data_offsets"]]
-    ]
-    return sorted(entries, key=lambda entry: entry.start)
+def _span(name: str, dtype: Any, shape: Any, data_offsets: Any) -> tuple[int, int, str, str, tuple[int, ...]]:
+    """First byte, end, name, dtype and shape of a tensor that has exactly the bytes it needs."""
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise ValueError(f"{name} has dtype {shown(dtype)}, which safetensors does not know")
+    for what, numbers in (("shape", shape), ("data_offsets", data_offsets)):
+        if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
+            raise ValueError(f"the {what} of {name} is no list of integers, but {shown(numbers)}")
+    if len(data_offsets) != 2:
+        raise ValueError(f"the data_offsets of {name} are {len(data_offsets)} numbers where 2 are needed")
+    if len(shape) > MOST_DIMENSIONS:
+        raise ValueError(f"{name} has {len(shape)} dimensions; more than {MOST_DIMENSIONS} are refused")
+    (begin, end), elements = data_offsets, 1
+    for side in shape:
+        elements *= side
+        if elements > LARGEST:
+            raise ValueError(f"{name} of shape {shown(shape)} is larger than any file")
+    bits = elements * BITS[dtype]
+    if bits % 8 or end - begin != bits // 8:
+        raise ValueError(f"{name} lies in {end - begin} bytes, where {dtype} of shape {shown(shape)} has {bits / 8:g}")
+    return begin, end, name, dtype, tuple(shape)
+
+
+def _natural(digits: str) -> int:
+    """The only numbers that a header holds."""
+    if not digits.isdecimal() or len(digits) > len(str(LARGEST)) or int(digits) > LARGEST:
+        raise ValueError(f"its header holds {shown(digits)} where sizes and offsets are natural numbers")
+    return int(digits)
+
+
+def _second_opinion(head: bytes, size: int) -> None:
+    """What the safetensors library says of a file of this size that begins so. Raises `ValueError`.
+
+    It maps files, and a map of one that is truncated meanwhile would end the interpreter: so it is shown another of
+    the same size, which is empty behind its header and takes no memory.
+    """
+    try:
+        file = os.memfd_create("fpwap-header")
+    except OSError:
+        return  # a system without: what was checked before has to do
+    try:
+        try:
+            with open(file, "wb", closefd=False) as writing:
+                writing.write(head)
+            os.truncate(file, size)
+        except OSError:
+            return  # so is one that has files of this size only on disk
+        with safe_open(f"/proc/self/fd/{file}", framework="pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise ValueError(str(error)) from error
+    finally:
+        os.close(file)
 
 
 # --- what each stage takes ------------------------------------------------------------------------------------------
@@ -286,6 +413,8 @@ class Piece:
         if self.scales is None:
             return "plain" if self.values.dtype in DTYPES else None
         found = QUANTISED.get(self.values.dtype)
+        if self.scales.dtype not in SCALES or (self.scales.dtype == "U8") != (found == "mxfp4"):
+            return None
         return found if self.quantised is not None and self.quantised.method == found else None
 
 
@@ -399,6 +528,8 @@ def _tables(names: Collection[str], family: Family, config: Any, where: str) -> 
     if prefix is None:
         raise ModelError(f"{where} holds no {family.name} tensors, but {_some(sorted(names))}")
 
+    if config.layers > len(names):
+        raise ModelError(f"{where} holds {len(names)} tensors, too few for the {config.layers} layers of its config")
     stages = {Stage("embed"): (prefix, family.embed_weights), Stage("norm"): (prefix, family.norm_weights)}
     for layer in range(config.layers):
         below = prefix + family.layer_prefix.format(i=layer)
@@ -534,7 +665,8 @@ class _Claims:
         expected = _stored_shapes(piece, whole)
         if not expected:
             words = _words(source, shape, whole)
-            self.problems.append(f"{values.name} is stored as {values.dtype}, which is not supported ({words})")
+            of = f" with scales in {scales.dtype}" if scales is not None and scales.dtype not in SCALES else ""
+            self.problems.append(f"{values.name} is stored as {values.dtype}, which is not supported{of} ({words})")
         for entry, stored_shape in zip(piece.stored, expected, strict=False):
             if entry.shape != stored_shape:
                 words = _words(source, shape, whole)

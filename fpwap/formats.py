@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 from .errors import ModelError
+from .foreign import shown
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """The sixteen values of four bits."""
 BIAS = 127
 """Of the shared exponents."""
+LARGEST_BLOCK = 1 << 12
+"""Rows or columns of a block; scales are spread out over it when it is decoded."""
 SCRATCH = 1 << 20
 """Values that are decoded at once."""
 
@@ -55,25 +58,28 @@ def quantisation(config: Mapping[str, Any]) -> Quantisation | None:
     if not found:
         return None
     if not isinstance(found, Mapping) or "quant_method" not in found:
-        raise ModelError(f"'quantization_config' must be a mapping with 'quant_method', not {found!r}")
-    method, accepted = found["quant_method"], ACCEPTED.get(str(found["quant_method"]))
+        raise ModelError(f"'quantization_config' must be a mapping with 'quant_method', not {shown(found)}")
+    method = found["quant_method"]
+    accepted = ACCEPTED.get(method) if isinstance(method, str) else None
     if accepted is None:
         known = " and ".join(ACCEPTED)
         raise ModelError(
-            f"weights quantised with {method!r} are not supported; supported: {known}, decoded as published"
+            f"weights quantised with {shown(method)} are not supported; supported: {known}, decoded as published"
         )
     read = {"quant_method", SAID_BY_DTYPES, *(["weight_block_size"] if method == "fp8" else [])}
     for key in sorted(set(found) - read):
         if key not in accepted or found[key] not in accepted[key]:
             raise ModelError(
-                f"'quantization_config' of {method} holds {key!r} = {found[key]!r}, which is not supported"
+                f"'quantization_config' of {method} holds {shown(key)} = {shown(found[key])}, which is not supported"
             )
     if method == "mxfp4":
         return Quantisation(method)
     block = found.get("weight_block_size")
     sides = block if isinstance(block, list | tuple) else ()
-    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
-        raise ModelError(f"fp8 weights need 'weight_block_size', two positive integers, not {block!r}")
+    if len(sides) != 2 or not all(type(side) is int and 0 < side <= LARGEST_BLOCK for side in sides):
+        raise ModelError(
+            f"fp8 weights need 'weight_block_size', two positive integers, not {shown(block)} (at most {LARGEST_BLOCK})"
+        )
     return Quantisation(method, (sides[0], sides[1]))
 
 

@@ -5,8 +5,8 @@ Downloads, cache, revisions, tokens and offline mode are huggingface_hub's (``HF
 fetched. What the files mean is not known here.
 """
 
-import json
-import struct
+import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,10 +25,11 @@ from huggingface_hub.errors import (
 )
 
 from .errors import HubError, ModelError
+from .foreign import MOST_JSON, one_line, read_json
 
 CONFIG = ("config.json", "model.safetensors.index.json")
-FIRST, LONGEST = 2**14, 2**27
-"""Bytes of a shard that are asked for to find its header, and bytes that a header may have."""
+FIRST = 2**14
+"""Bytes of a shard that are asked for to find its header."""
 TIMEOUT_S, PARTIAL_CONTENT = 30, 206
 
 
@@ -44,12 +45,9 @@ class Model:
     def config(self) -> dict[str, Any]:
         """``config.json``. Raises `ModelError` if it is missing or no JSON object."""
         path = self.folder / "config.json"
-        try:
-            config = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise ModelError(f"{path} is missing: a model folder holds config.json and *.safetensors") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise ModelError(f"{path} cannot be read as JSON: {error}") from error
+        if not os.path.exists(path):
+            raise ModelError(f"{path} is missing: a model folder holds config.json and *.safetensors")
+        config = read_json(path)
         if not isinstance(config, dict):
             raise ModelError(f"{path} is not a JSON object")
         return config
@@ -61,11 +59,13 @@ def locate(model: str, revision: str | None = None) -> Model:
     Raises `HubError` with what to do when the name is neither a folder nor a repository that can be had.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if "\0" in model:
+        raise HubError(f"{model!r} is neither a folder nor a hub id (owner/name)")
+    if os.path.isdir(path):
         if revision is not None:
             raise HubError(f"{model} is a local folder: revision={revision!r} applies to hub models only")
         return Model(model, path.resolve(), None, None)
-    if path.exists():
+    if os.path.exists(path):
         raise HubError(f"{model} is a file: give the folder that holds config.json and the safetensors files")
     if path.is_absolute() or model.startswith(".") or model.count("/") > 1:
         raise HubError(f"{model} is not a folder, and not a hub id (owner/name)")
@@ -79,34 +79,27 @@ def fetch(model: Model, files: Sequence[str]) -> Model:
     return _snapshot(model.name, model.commit, (*CONFIG, *files))
 
 
-def header(model: Model, shard: str) -> tuple[dict[str, Any], int]:
-    """The header of a shard that is not at hand, and its length in bytes; nothing else of the shard is transferred.
+def header(model: Model, shard: str) -> tuple[bytes, int | None]:
+    """What a shard that is not at hand begins with, up to the end of its header, and its size if the hub says it.
 
-    Raises `HubError`, and `ModelError` for what is no safetensors file.
+    Nothing else of the shard is transferred. Raises `HubError`, and `ModelError` if there is no such file.
     """
     with _said(model.name, model.commit):
         try:
-            head = _part(model, shard, 0, FIRST)
+            head, size = _part(model, shard, 0, FIRST)
         except EntryNotFoundError as error:
             raise ModelError(
                 f"{model.name} has no {shard} on the hub: only safetensors are read, pickles (.bin, .pt) are never "
                 "opened; convert it to safetensors first"
             ) from error
-        length = struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else LONGEST + 1
-        if length > LONGEST:
-            raise ModelError(f"{shard} of {model.name} is not a readable safetensors file: its header has no length")
-        head += _part(model, shard, len(head), 8 + length) if 8 + length > len(head) else b""
-    try:
-        found = json.loads(head[8 : 8 + length])
-    except ValueError as error:
-        raise ModelError(f"{shard} of {model.name} is not a readable safetensors file: {error}") from error
-    if not isinstance(found, dict):
-        raise ModelError(f"{shard} of {model.name} is not a readable safetensors file: its header is no JSON object")
-    return found, length
+        end = 8 + int.from_bytes(head[:8], "little")
+        if len(head) < end <= 8 + MOST_JSON:
+            head += _part(model, shard, len(head), end)[0]
+    return head[:end], size
 
 
-def _part(model: Model, shard: str, begin: int, end: int) -> bytes:
-    """Bytes ``begin`` to ``end`` of a file, or up to its end; also of a server that knows no ranges."""
+def _part(model: Model, shard: str, begin: int, end: int) -> tuple[bytes, int | None]:
+    """Bytes ``begin`` to ``end`` of a file, or up to its end, and its size; also of a server that knows no ranges."""
     url = hf_hub_url(model.name, shard, revision=model.commit)
     token = get_token()
     headers = {"range": f"bytes={begin}-{end - 1}"} | ({"authorization": f"Bearer {token}"} if token else {})
@@ -117,7 +110,8 @@ def _part(model: Model, shard: str, begin: int, end: int) -> bytes:
             got += block
             if len(got) >= skip + end - begin:
                 break
-    return bytes(got[skip : skip + end - begin])
+        whole = re.fullmatch(r"bytes \d+-\d+/(\d{1,18})", response.headers.get("content-range", ""))
+    return bytes(got[skip : skip + end - begin]), int(whole[1]) if whole else None
 
 
 def _snapshot(repo: str, revision: str | None, files: Sequence[str]) -> Model:
@@ -149,4 +143,4 @@ def _said(repo: str, revision: str | None) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return one_line(error) or type(error).__name__

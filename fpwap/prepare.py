@@ -17,7 +17,7 @@ import torch
 
 import archs
 from archs.batch import Attention
-from archs.contract import ArchError, Family
+from archs.contract import ArchError, Family, routed
 
 from . import hub, journal, machine, rates
 from .callbacks.base import Callback
@@ -36,6 +36,7 @@ from .context import SweepContext
 from .costs import products_s
 from .counting import costs_of, shapes_of
 from .errors import ModelError, RequestError
+from .foreign import is_plain, shown
 from .formats import Quantisation, quantisation
 from .plan import Budgets, Known, Plan, Wanted, counted, make_plan, tile_heights
 from .profile import Profile
@@ -50,6 +51,8 @@ AT_ONCE = 16
 """Headers that are asked of the hub at once."""
 COLD = 0.1
 """Share of a checkpoint in the page cache up to which reading it says how fast the disk is."""
+MOST_EXPERTS = 1 << 17
+"""Of a model, in all its layers: what is listed of each takes time before anything is compared with the files."""
 COMPUTED = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes that the families are proved in."""
 
@@ -122,6 +125,10 @@ def open_model(name: str, revision: str | None) -> Model:
         config = family.config({key: value for key, value in text.items() if key != "quantization_config"})
         for layer in range(config.layers):
             family.hooks(config, layer)  # refuses what the sizes of a layer rule out
+        routes = (routed(family.layer_weights(config, layer)).values() for layer in range(config.layers))
+        experts = sum(getattr(config, route.count) for layer in routes for route in layer)
+        if experts > MOST_EXPERTS:
+            raise ModelError(f"config.json asks for {experts} experts in {config.layers} layers, beyond {MOST_EXPERTS}")
     except (ArchError, ModelError) as error:
         raise ModelError(f"{name}: {error}") from error
     return Model(files=files, family=family, raw=raw, text=text, config=config, quantisation=stored)
@@ -150,7 +157,7 @@ def survey(model: Model, stages: Sequence[Stage], dtype: torch.dtype | None = No
 def _from_afar(model: Model, wanted: Callable[[Mapping[str, str]], set[str] | None]) -> Checkpoint:
     """Headers of shards that are not at hand are asked of the hub, many at once; the first failure ends it."""
     pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="fpwap-headers")
-    coming: dict[str, Future[tuple[dict[str, Any], int]]] = {}
+    coming: dict[str, Future[tuple[bytes, int | None]]] = {}
 
     def needed(places: Mapping[str, str]) -> set[str] | None:
         found = wanted(places)
@@ -161,10 +168,7 @@ def _from_afar(model: Model, wanted: Callable[[Mapping[str, str]], set[str] | No
 
     def header(shard: str) -> list[Entry]:
         found = coming[shard].result() if shard in coming else hub.header(model.files, shard)
-        try:
-            return entries_of(shard, *found)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ModelError(f"{shard} of {model.files.name} has a header that says nothing: {error!r}") from error
+        return entries_of(f"{shard} of {model.files.name}", shard, *found)
 
     try:
         return Checkpoint.open(model.files.folder, needed, header)
@@ -351,10 +355,11 @@ def _microbatch(height: int, longest: int, row: int, device: torch.device) -> in
 def stored_dtype(model: Model, checkpoint: Checkpoint) -> torch.dtype:
     """HF's rule: what the config names, else the first floating tensor's."""
     named = model.text.get("dtype") or model.text.get("torch_dtype") or checkpoint.first_floating() or torch.bfloat16
-    dtype = getattr(torch, str(named).removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype) or dtype not in COMPUTED:
-        raise ModelError(f"{model.files.name} is made for {named}, which is not computed in: pass dtype='float32'")
-    return dtype
+    said = named if is_plain(named) else str(named) if isinstance(named, torch.dtype) else shown(named)
+    for dtype in COMPUTED:
+        if said.removeprefix("torch.") == str(dtype).removeprefix("torch."):
+            return dtype
+    raise ModelError(f"{model.files.name} is made for {said}, which is not computed in: pass dtype='float32'")
 
 
 def to_device(asked: str | torch.device) -> torch.device:

@@ -10,6 +10,9 @@ A `View` says which rows of a microbatch are whose tokens. Nothing else in fpwap
 does not know models, callbacks or memory: it is told the vocabulary, the budget and the device.
 """
 
+import itertools
+import math
+import reprlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -25,7 +28,8 @@ from torch import Tensor
 
 from archs.batch import Attention, Batch, Group
 
-from .errors import DatasetError
+from .errors import DatasetError, FpwapError
+from .foreign import one_line
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -35,8 +39,14 @@ Truncation = Literal["error", "left", "right"]
 IDS, MASK = "input_ids", "attention_mask"
 ENTRIES: Mapping[str, set[type]] = {IDS: {int}, MASK: {int, bool}}
 """The exact types of entries: to Python a bool is an int, but it is no token id."""
+LONGEST = 1 << 22
+"""Entries of one sample: what is more is no prompt, and must not be unfolded into memory."""
 PART = 1 << 20
 """Rows that are looked up at once."""
+SHORT = reprlib.Repr()
+"""Of what may be anything: a few entries, a few levels, and no error of its own."""
+SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 60
+SHORT.maxlist = SHORT.maxtuple = SHORT.maxset = SHORT.maxdict = 8
 TOKENISE = f"tokenise first, tokenizer(text)[{IDS!r}] (`fpwap run` does, once fpwap[text] is installed)"
 
 # --- the dataset, in input order ------------------------------------------------------------------------------------
@@ -119,26 +129,34 @@ def ingest(
     ids, offsets = array("i"), array("q", [0])
     widths, lefts, pads, pad_offsets = array("q"), array("q"), array("i"), array("q", [0])
     metadata: list[Mapping[str, Any]] = []
-    for index, sample in enumerate(_samples(dataset)):
-        fields = sample if isinstance(sample, Mapping) else {IDS: sample}
-        where = f"sample {index}"
-        if IDS not in fields:
-            raise DatasetError(f"{where} has no {IDS!r}, its keys are {[*fields]}; {TOKENISE}")
-        row, mask = _entries(where, IDS, fields[IDS]), fields.get(MASK)
-        real = slice(0, len(row)) if mask is None else _ones(where, _entries(where, MASK, mask), len(row))
-        _check_ids(where, row, slice(0, len(row)) if keep_padding else real, vocab)
+    samples = _samples(dataset)
+    try:
+        for index, sample in enumerate(samples):
+            fields = sample if isinstance(sample, Mapping) else {IDS: sample}
+            where = f"sample {index}"
+            if IDS not in fields:
+                raise DatasetError(f"{where} has no {IDS!r}, its keys are {_keys(fields)}; {TOKENISE}")
+            row, mask = _entries(where, IDS, fields[IDS]), fields.get(MASK)
+            real = slice(0, len(row)) if mask is None else _ones(where, _entries(where, MASK, mask), len(row))
+            _check_ids(where, row, slice(0, len(row)) if keep_padding else real, vocab)
 
-        kept = real if truncation == "error" or seq_len is None else _cut(real, seq_len, truncation)
-        ids.extend(row[kept])
-        offsets.append(len(ids))
-        if keep_padding:
-            whole = mask is not None and kept == real
-            widths.append(len(row) if whole else -1)
-            lefts.append(real.start if whole else 0)
-            pads.extend(row[: real.start] + row[real.stop :] if whole else ())
-            pad_offsets.append(len(pads))
-        if keep_metadata:
-            metadata.append({key: value for key, value in fields.items() if key not in ENTRIES})
+            kept = real if truncation == "error" or seq_len is None else _cut(real, seq_len, truncation)
+            ids.extend(row[kept])
+            offsets.append(len(ids))
+            if keep_padding:
+                whole = mask is not None and kept == real
+                widths.append(len(row) if whole else -1)
+                lefts.append(real.start if whole else 0)
+                pads.extend(row[: real.start] + row[real.stop :] if whole else ())
+                pad_offsets.append(len(pads))
+            if keep_metadata:
+                metadata.append({key: value for key, value in fields.items() if key not in ENTRIES})
+    except FpwapError:
+        raise
+    except Exception as error:  # of the user's own objects
+        raise DatasetError(
+            f"sample {len(offsets) - 1} cannot be read: {type(error).__name__}: {one_line(error)}"
+        ) from error
 
     if len(offsets) == 1:
         raise DatasetError("the dataset is empty: pass one prompt or more (a generator can be used only once)")
@@ -163,14 +181,21 @@ def _samples(dataset: Iterable[Any]) -> Iterator[Any]:
 
 def _entries(where: str, key: str, value: Any) -> list[int]:
     """The entries of a list, tuple, array or tensor ``[S]`` or ``[1, S]``; at least one, all integers."""
+    _refuse_endless(where, key, value)
     value = _plain(value)
-    if isinstance(value, list | tuple) and len(value) == 1 and isinstance(inner := _plain(value[0]), Sequence):
-        value = inner
+    if isinstance(value, list | tuple) and len(value) == 1:
+        _refuse_endless(where, key, value[0])
+        inner = _plain(value[0])
+        value = inner if isinstance(inner, Sequence) else value
     if isinstance(value, str | bytes):
         raise DatasetError(f"{where}: {key} is text, not token ids; {TOKENISE}")
     if not isinstance(value, Sequence):
         hint = "a list, array or tensor of integers (a single prompt is a dataset once it stands in a list)"
         raise DatasetError(f"{where}: {key} is {_shown(value)}; it must be {hint}")
+    if not isinstance(value, list | tuple):
+        value, length = list(itertools.islice(value, LONGEST)), len(value)
+        if len(value) != length:
+            raise DatasetError(f"{where}: {key} says that it has {length} entries, and has {len(value)}")
     if not value:
         raise DatasetError(f"{where}: {key} is empty; a prompt has one token or more: leave the sample out")
     if not set(map(type, value)) <= ENTRIES[key]:
@@ -185,14 +210,31 @@ def _entries(where: str, key: str, value: Any) -> list[int]:
     return value if isinstance(value, list) else list(value)
 
 
+def _refuse_endless(where: str, key: str, value: Any) -> None:
+    """Before anything is unfolded: ranges and arrays that repeat one number are small however long they are."""
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple) and all(isinstance(side, int) for side in shape):
+        size = math.prod(shape)
+    elif isinstance(value, range):
+        size = max(0, -((value.start - value.stop) // value.step))  # len has bounds of its own
+    else:
+        size = len(value) if isinstance(value, Sequence) else 0
+    if size > LONGEST:
+        raise DatasetError(f"{where}: {key} has {size} entries, more than {LONGEST}; cut the text into prompts")
+
+
 def _plain(value: Any) -> Any:
     """Arrays, tensors and scalars of whatever library as (lists of) Python numbers; anything else as it is."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _shown(value: Any) -> str:
-    text = " ".join(repr(value).split())
+    text = " ".join(SHORT.repr(value).split())
     return f"{text if len(text) <= 60 else text[:56] + ' ...'} (type {type(value).__name__})"
+
+
+def _keys(fields: Mapping[Any, Any]) -> str:
+    return SHORT.repr([*itertools.islice(fields, 8)]).replace("\n", " ")
 
 
 def _ones(where: str, mask: list[int], width: int) -> slice:

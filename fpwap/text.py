@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import DatasetError, ModelError
+from .foreign import one_line, opened, read_part
 
 TOKENIZER = "tokenizer.json"
+MOST = 1 << 28
+"""Bytes of a tokenizer; the largest have forty million."""
 INSTALL = "pip install 'fpwap[text]'"
 
 Encode = Callable[[str], list[int]]
@@ -68,17 +71,28 @@ def encoder(folder: Callable[[], Path]) -> Encode:
     except ImportError as error:
         raise DatasetError(f"text needs the tokenizers package: {INSTALL}, or give 'input_ids'") from error
     path = folder() / TOKENIZER
-    if not path.is_file():
+    if not path.exists():
         raise ModelError(f"{path} is missing, so text cannot be tokenised; give 'input_ids'")
+    with opened(path) as file:
+        raw = read_part(file, 0, MOST + 1)
+    if len(raw) > MOST:
+        raise ModelError(f"{path} is larger than {MOST} bytes: no tokenizer is")
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the bindings raise nothing narrower
-        raise ModelError(f"{path} is not a tokenizer: {error}") from error
+        tokenizer = Tokenizer.from_buffer(raw)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the bindings raise nothing narrower, and a panic of theirs is no Exception
+        raise ModelError(f"{path} is not a tokenizer: {one_line(error)}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
 
     def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer.encode(text).ids
+        try:
+            ids: list[int] = tokenizer.encode(text).ids
+        except (KeyboardInterrupt, SystemExit, TypeError):
+            raise
+        except BaseException as error:
+            raise ModelError(f"{path} does not tokenise 'text': {one_line(error)}") from error
         return ids
 
     return encode

@@ -9,10 +9,12 @@ import json
 import os
 import resource
 import shutil
+import signal
 import socket
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,12 @@ from checkpoints import Variant, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from fpwap import Sweep
 from fpwap.callbacks.common import RawActivations
 from fpwap.errors import FpwapError
+from fpwap.foreign import DEEPEST, MOST_JSON
 
 SHARD, ONLY = "model.safetensors", "model-00001-of-00001.safetensors"
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
@@ -148,6 +152,69 @@ def _more(found: dict[str, Any], end: int) -> dict[str, Any]:
     return found | {f"x{n}": {"dtype": "F32", "shape": [0], "data_offsets": [end, end]} for n in range(10_000)}
 
 
+def place(name: str, make: Callable[[Path], object]) -> Change:
+    """Something else under a file's name."""
+
+    def change(folder: Path) -> None:
+        if name == INDEX:
+            index(lambda found: found)(folder)
+        (folder / name).rename(folder.parent / "outside")
+        make(folder / name)
+
+    return change
+
+
+def tensors(make: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], **words: Any) -> Change:
+    """Other tensors, in a file that is well made, beside words of the config."""
+
+    def change(folder: Path) -> None:
+        save_file(make(load_file(folder / SHARD)), folder / SHARD)
+        config(**words)(folder)
+
+    return change
+
+
+def _fp8(scale: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    return lambda found: {**found, name: found[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
+
+
+def _said_twice(folder: Path) -> None:
+    """One tensor in two shards, of which the index names one."""
+    index(lambda found: {**found, "model.norm.weight": "second.safetensors"})(folder)
+    save_file({"model.norm.weight": load_file(folder / ONLY)["model.norm.weight"]}, folder / "second.safetensors")
+
+
+def _unsaid(folder: Path) -> None:
+    """A tensor that the index does not name."""
+    index(lambda found: found)(folder)
+    save_file({**load_file(folder / ONLY), "model.secret": torch.ones(3)}, folder / ONLY)
+
+
+def wide(before: str, after: str = "") -> str:
+    """JSON that takes a hundred times its size in memory."""
+    return before + "[" + "[]," * (MOST_JSON // 4) + "1]" + after
+
+
+def roped(**words: Any) -> Change:
+    return config(rope_scaling=None, rope_parameters={"rope_theta": 500.0, **words})
+
+
+def quantised(**words: Any) -> dict[str, Any]:
+    return {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128], **words}}
+
+
+ODD: dict[str, Callable[[Path], object]] = {
+    "a folder": lambda path: path.mkdir(),
+    "a FIFO": os.mkfifo,
+    "a socket": lambda path: _socket(path),
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+    "a link to nothing": lambda path: path.symlink_to("nowhere"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a link outside": lambda path: path.symlink_to(path.parent.parent / "outside"),
+}
+
+
 def named(found: dict[str, str], value: Any) -> dict[str, Any]:
     return {**found, "model.embed_tokens.weight": value}
 
@@ -177,6 +244,18 @@ CHECKPOINTS: dict[str, Change] = {
     "header empty": header(lambda found, data: ({}, b"")),
     "header empty before data": header(lambda found, data: ({}, data)),
     "header with NaN": header(lambda found, data: (json.dumps({**found, "x": float("nan")}).encode(), data)),
+    "header in UTF-16": header(lambda found, data: (json.dumps(found).encode("utf-16"), data)),
+    "header with a BOM": header(lambda found, data: (b"\xef\xbb\xbf" + json.dumps(found).encode(), data)),
+    "header with a minus zero": header(lambda found, data: (json.dumps(found).replace("[0,", "[-0,").encode(), data)),
+    "header with an exponent": header(lambda found, data: (json.dumps(found).replace("[0,", "[0e0,").encode(), data)),
+    "header behind a blank": header(lambda found, data: (b" " + json.dumps(found).encode(), data)),
+    "header before a zero": header(lambda found, data: (json.dumps(found).encode() + b"\0", data)),
+    "header of millions": header(lambda found, data: (wide('{"a":', "}").encode(), data)),
+    "header of a long name": header(lambda found, data: ({f"{'a' * 10**6}{k}": v for k, v in found.items()}, data)),
+    "half of a surrogate pair": header(lambda found, data: ({f"\ud800{k}": v for k, v in found.items()}, data)),
+    "a number of thousands of digits": header(lambda found, data: (b'{"a":' + b"9" * 5000 + b"}", data)),
+    "entry with another key": entry(requires="exec"),
+    "entry without an end": entry(data_offsets=lambda at: [at[0], None]),
     "header twice": header(lambda found, data: (json.dumps(found).encode() * 2, data)),
     "a tensor twice": header(lambda found, data: (_twice(found), data)),
     "metadata of numbers": header(lambda found, data: ({**found, "__metadata__": {"a": 1}}, data)),
@@ -226,6 +305,28 @@ CHECKPOINTS: dict[str, Change] = {
     "a link to itself": instead(lambda path: path.symlink_to(path.name)),
     "no shard": instead(lambda path: None),
     "pickles alone": instead(lambda path: (path.parent / "pytorch_model.bin").write_bytes(b"\x80\x04.")),
+    **{f"{what} for the config": place(CONFIG, make) for what, make in ODD.items()},
+    **{f"{what} for the index": place(INDEX, make) for what, make in ODD.items()},
+    "a link outside for a shard": instead(lambda path: path.symlink_to(path.parent.parent / "outside.safetensors")),
+    "a tensor in two shards": _said_twice,
+    "a tensor that the index does not name": _unsaid,
+    "tensors of numbers": tensors(lambda found: {name: one.to(torch.int32) for name, one in found.items()}),
+    "a bias where there is none": tensors(lambda found: {**found, "model.layers.0.mlp.up_proj.bias": torch.ones(3)}),
+    "another layer": tensors(lambda found: {**found, "model.layers.7.mlp.up_proj.weight": torch.ones(3)}),
+    "scales of integers": tensors(_fp8(torch.ones(1, 1, dtype=torch.int64)), **quantised()),
+    "scales of a byte": tensors(_fp8(torch.ones(1, 1, dtype=torch.uint8)), **quantised()),
+    "scales of another shape": tensors(_fp8(torch.ones(2, 2)), **quantised()),
+    "scales in blocks of 2^40": tensors(_fp8(torch.ones(1, 1)), **quantised(weight_block_size=[2**40, 2**40])),
+    "index of millions": index(lambda found: wide('{"weight_map":', "}")),
+    "index beyond its bound": index(lambda found: " " * (MOST_JSON + 1)),
+    "index with a key twice": index(lambda found: '{"weight_map": {"a": "b", "a": "b"}}'),
+    "index empty": index(lambda found: {}),
+    "index with a pattern": index(lambda found: named(found, "*.safetensors")),
+    "index with a backslash": index(lambda found: named(found, "..\\a.safetensors")),
+    "index with escapes": index(lambda found: named(found, "\x1b[31m.safetensors")),
+    "index with a line in a name": index(lambda found: {**found, "a\nb": ONLY}),
+    "index with a long name": index(lambda found: named(found, "a" * 300 + ".safetensors")),
+    "index with half of a surrogate pair": index(lambda found: named(found, "\ud800.safetensors")),
     "index no JSON": index(lambda found: "{"),
     "index a list": index(lambda found: "[]"),
     "index without a map": index(lambda found: "{}"),
@@ -248,6 +349,47 @@ CHECKPOINTS: dict[str, Change] = {
     "config a word": text(CONFIG, '"llama"'),
     "config not UTF-8": text(CONFIG, b"\xff\xfe{}"),
     "config nested deep": text(CONFIG, '{"a":' * 50_000 + "1" + "}" * 50_000),
+    "config of millions": text(CONFIG, wide('{"prefix":', "}")),
+    "config beyond its bound": text(CONFIG, " " * (MOST_JSON + 1)),
+    "config with a BOM": text(CONFIG, b"\xef\xbb\xbf{}"),
+    "config nested a little deep": config(prefix=json.loads("[" * DEEPEST + "]" * DEEPEST)),
+    "config with half of a surrogate pair": config(prefix="\ud800"),
+    "config with a long key": config(**{"k" * 10**6: 1}),
+    "config with keys of escapes": config(**{"\x1b[31m\n": "\x1b[31m\n"}),
+    "config with a thousand keys": config(**{f"key{n}": n for n in range(1000)}),
+    "dtype a list of words": config(dtype=["float32"] * 100, torch_dtype=None),
+    "model type of a megabyte": config(model_type="a" * 10**6),
+    "more layers than tensors": config(num_hidden_layers=1_000),
+    "a billion experts": config(model_type="mixtral", num_local_experts=2**30, num_experts_per_tok=1),
+    "experts in all layers": config(
+        model_type="mixtral", num_local_experts=4000, num_experts_per_tok=1, num_hidden_layers=1_000
+    ),
+    "eps negative": config(rms_norm_eps=-1e-5),
+    "eps of thousands of digits": config(rms_norm_eps=10**4000),
+    **{
+        f"rope {words}": roped(**words)
+        for words in (
+            {"rope_theta": 0.0},
+            {"rope_theta": -1e4},
+            {"rope_theta": 1.0, "rope_type": "yarn", "factor": 2.0},
+            {"rope_theta": 10**400},
+            {"rope_theta": float("nan")},
+            {"rope_type": "linear", "factor": 0.0},
+            {"rope_type": "linear", "factor": -2.0},
+            {"rope_type": "dynamic", "factor": float("inf")},
+            {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0},
+            {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 0.0, "high_freq_factor": 1.0},
+            {"rope_type": "yarn", "factor": -1.0},
+            {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0, "mscale_all_dim": -30.0},
+            {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 0},
+            {"rope_type": "yarn", "factor": 2.0, "attention_factor": 0},
+            {"rope_type": "longrope", "short_factor": [0.0] * 5, "long_factor": [1.0] * 5},
+            {"rope_type": "longrope", "short_factor": [float("nan")] * 5, "long_factor": [1.0] * 5},
+            {"rope_type": "longrope", "short_factor": [10**400] * 5, "long_factor": [1.0] * 5},
+            {"rope_type": "longrope", "short_factor": [1] * 10**6, "long_factor": [1] * 10**6},
+            {"rope_type": ["yarn"]},
+        )
+    },
     "model type unknown": config(model_type="owned"),
     "model type a number": config(model_type=1),
     "model type null": config(model_type=None),
@@ -293,7 +435,65 @@ class Lying(list[Any]):
         return iter(())
 
 
+class Endless(Sequence[int]):
+    """Says that it has three entries."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, place: Any) -> Any:
+        return 1
+
+
+class Raising(Mapping[str, Any]):
+    def __getitem__(self, key: str) -> Any:
+        raise OSError("\x1b[31mthe disk is gone\n")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(["input_ids"])
+
+    def __len__(self) -> int:
+        return 1
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no words")
+
+
+def breaking() -> Iterator[dict[str, Any]]:
+    yield {"input_ids": ROW}
+    raise ConnectionError("the network is gone")
+
+
+def _in_itself() -> list[Any]:
+    found: list[Any] = []
+    found.append(found)
+    return found
+
+
 DATASETS: dict[str, Made] = {
+    "one that breaks off": breaking,
+    "one that cannot be iterated": lambda: Raising(),
+    "a sample that raises": samples(Raising()),
+    "a sample of a million keys": samples({str(n): n for n in range(10**6)}),
+    "a sample of words without end": samples({"text": "a" * 10**7}),
+    "ids that raise": ids(Raising()),
+    "ids without end": ids(Endless()),
+    "ids a range of 2^40": ids(range(2**40)),
+    "ids a range of 2^100": ids(range(2**100)),
+    "ids a range of ranges": ids([range(2**40)]),
+    "ids one number, 2^40 times": ids(np.broadcast_to(np.int64(1), 2**40)),
+    "ids one tensor, 2^40 times": ids(torch.ones(1, dtype=torch.int64).expand(2**40)),
+    "ids one row, 2^40 times": ids(np.broadcast_to(np.int64(1), (1, 2**40))),
+    "ids nowhere": ids(torch.ones(3, dtype=torch.int64, device="meta")),
+    "ids sparse": ids(torch.ones(3, dtype=torch.int64).to_sparse()),
+    "ids masked": ids(np.ma.array([1, 2], mask=[False, True])),
+    "ids of times": ids(np.array([1, 2], "datetime64[s]")),
+    "ids of records": ids(np.array([(1, 2)] * 2, [("a", int), ("b", int)])),
+    "ids of a gradient": ids(torch.ones(3, requires_grad=True)),
+    "ids within themselves": lambda: [{"input_ids": ROW}, {"input_ids": _in_itself()}],
+    "mask one number, 2^40 times": masked(np.broadcast_to(np.int64(1), 2**40)),
+    "mask that raises": masked(Raising()),
+    "mask without end": masked(Endless()),
     "nothing": list,
     "None": lambda: None,
     "a number": lambda: 7,
@@ -360,7 +560,8 @@ def bounded(tmp_path: Path) -> Any:
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < KILOBYTES
         assert isinstance(error, ValueError | OSError)
         assert len(str(error)) > 20
-        assert str(error).isprintable() or "\x1b" not in str(error), "escapes reach the terminal"
+        assert str(error).isprintable(), "escapes reach the terminal"
+        assert len(str(error)) < 4000
         after = {path: seen for path, seen in _listing(tmp_path.parent).items() if not path.startswith(str(own))}
         assert {path: seen for path, seen in before.items() if not path.startswith(str(own))} == after
         assert not Path("owned").exists()
@@ -377,9 +578,25 @@ def _listing(folder: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
+@contextmanager
+def no_longer() -> Iterator[None]:
+    """What waits for ever is found too."""
+
+    def end(*_: object) -> None:
+        raise AssertionError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def refused(model: Path, dataset: Any, out: Path) -> FpwapError:
-    with pytest.raises(FpwapError) as caught:
-        Sweep(model, dataset, 64, [RawActivations()], out=out, dtype="float32", progress=False).run()
+    with pytest.raises(FpwapError) as caught, no_longer():
+        Sweep(model, dataset, 64, [RawActivations()], out=out, progress=False).run()
     assert not out.exists()
     return caught.value
 

@@ -617,7 +617,7 @@ def test_shards_past_the_last_wanted_layer_may_be_missing(shards: Path, tmp_path
     folder.mkdir()
     for path in shards.iterdir():
         if path.name < "model-00003" or path.suffix == ".json":
-            (folder / path.name).symlink_to(path)
+            (folder / path.name).hardlink_to(path)
     assert plan(folder, 1).weights_bytes == plan(shards, 1).weights_bytes
     assert len(plan(folder, 1).files) == 3
     with pytest.raises(ModelError, match=r"model-00003.safetensors is missing; .* names it"):
@@ -652,8 +652,8 @@ def test_where_the_config_names_no_dtype_the_request_may(shards: Path, tmp_path:
     folder.mkdir()
     for path in shards.iterdir():
         if path.name < "model-00003":
-            (folder / path.name).symlink_to(path)
-    (folder / "model.safetensors.index.json").symlink_to(shards / "model.safetensors.index.json")
+            (folder / path.name).hardlink_to(path)
+    (folder / "model.safetensors.index.json").hardlink_to(shards / "model.safetensors.index.json")
     config = json.loads((shards / "config.json").read_text())
     del config["torch_dtype"]
     (folder / "config.json").write_text(json.dumps(config))
