@@ -31,8 +31,9 @@ from .costs import Way
 from .errors import StoreError
 from .files import File, bytes_of, sync_folder
 from .journal import BEGIN_AGAIN, COMMITS, Journal
-from .residual import Residual, Saved
+from .residual import Residual
 from .schedule import START, Point, Step
+from .slots import Saved
 from .store import Store
 from .taps import Taps
 

@@ -8,7 +8,9 @@ The module does not know what travels, nor why.
 """
 
 import contextlib
+import math
 import mmap
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -175,3 +177,21 @@ class Accelerator:
 def open_device(device: torch.device) -> Device:
     """The device of this name; the CPU is one too."""
     return Cpu() if device.type == "cpu" else Accelerator(device)
+
+
+class Room:
+    """Memory that one slice after the other is put into; it grows to the largest."""
+
+    def __init__(self, make: Callable[[int], Tensor]) -> None:
+        self._make, self._memory = make, make(0)
+
+    def fits(self, size: int) -> bool:
+        return len(self._memory) >= size
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor of this shape, full of whatever was left there."""
+        size = math.prod(shape) * dtype.itemsize
+        if not self.fits(size):
+            self._memory = self._make(0)  # the smaller one goes before the larger one comes
+            self._memory = self._make(size)
+        return self._memory[:size].view(dtype).view(*shape)

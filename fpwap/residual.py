@@ -17,31 +17,24 @@ are. The module does not know layers, prompts or why a row is where it is.
 import contextlib
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from time import thread_time
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from xxhash import xxh3_128, xxh3_128_digest, xxh3_128_hexdigest
+from xxhash import xxh3_128_digest
 
-from .device import Device, Event
+from .device import Device, Event, Room, Stream
 from .errors import StoreError, reported
 from .files import File, bytes_of, sync_folder
 from .interrupt import Check, patiently
+from .slots import WHAT, Blocks, Copies, Saved, Slot, path_of, read_back
 
 Tier = Literal["device", "ram", "disk"]
 DEPTH = 2
 """Buffers each way: one that is filled while the other is emptied."""
-PIECE = 1 << 24
-"""Bytes, about, that are copied and hashed at once of what lies in memory."""
-WHAT = "the residual stream's file "
-Saved = Mapping[str, Any]
-"""JSON. reading: the side, 0 or 1, that is read next. files: of each its tensor, side, name, bytes, the row at which
-each block ends, and the xxh3_128 over their 16-byte xxh3_128 digests."""
 T = TypeVar("T")
 
 
@@ -95,31 +88,17 @@ class Residual(Protocol):
         ...
 
 
-class InMemory:
-    """Where the maths itself reaches. One tensor: a visit reads its rows before it writes them."""
+class _Copied:
+    """What lies in memory is saved by copies. keeps: the stream on which rows are written."""
 
     def __init__(
-        self, rows: int, widths: Mapping[str, int], dtype: torch.dtype, device: Device, folder: Path, check: Check
+        self, tensors: dict[str, Tensor], keeps: Stream, device: Device, folder: Path, check: Check, *, near: bool
     ) -> None:
-        self._tensors = {name: _table(device.memory, rows, width, dtype) for name, width in widths.items()}
-        self._compute = device.compute
-        self._copies = _Copies(self._tensors, device, folder, check, near=not device.asynchronous)
-
-    def fetch(self, rows: slice) -> None:
-        pass
-
-    def read(self, rows: slice, out: Tensor, name: str = "residual") -> None:
-        out.copy_(self._tensors[name][rows])
-
-    def write(self, rows: slice, values: Tensor, name: str = "residual") -> None:
-        self._copies.before(rows)
-        self._tensors[name][rows].copy_(values)
-
-    def turn(self) -> None:
-        pass
+        self._tensors, self._keep = tensors, keeps
+        self._copies = Copies(tensors, device, folder, check, near=near)
 
     def save(self, first: int) -> Callable[[], tuple[Saved, float]]:
-        return self._copies.begin(first, self._compute.record())
+        return self._copies.begin(first, self._keep.record())
 
     def hold(self, durable: Future[None]) -> None:
         pass
@@ -135,7 +114,30 @@ class InMemory:
         self._tensors.clear()
 
 
-class Pinned:
+class InMemory(_Copied):
+    """Where the maths itself reaches. One tensor: a visit reads its rows before it writes them."""
+
+    def __init__(
+        self, rows: int, widths: Mapping[str, int], dtype: torch.dtype, device: Device, folder: Path, check: Check
+    ) -> None:
+        tensors = {name: _table(device.memory, rows, width, dtype) for name, width in widths.items()}
+        super().__init__(tensors, device.compute, device, folder, check, near=not device.asynchronous)
+
+    def fetch(self, rows: slice) -> None:
+        pass
+
+    def read(self, rows: slice, out: Tensor, name: str = "residual") -> None:
+        out.copy_(self._tensors[name][rows])
+
+    def write(self, rows: slice, values: Tensor, name: str = "residual") -> None:
+        self._copies.before(rows)
+        self._tensors[name][rows].copy_(values)
+
+    def turn(self) -> None:
+        pass
+
+
+class Pinned(_Copied):
     """In RAM, beside an accelerator: one tensor, one copy stream each way. The calling thread never waits.
 
     The order of one row's copies needs no further wait: it is written from what was computed from what was read.
@@ -144,9 +146,9 @@ class Pinned:
     def __init__(
         self, rows: int, widths: Mapping[str, int], dtype: torch.dtype, device: Device, folder: Path, check: Check
     ) -> None:
-        self._tensors = {name: _table(device.pinned, rows, width, dtype) for name, width in widths.items()}
-        self._copies = _Copies(self._tensors, device, folder, check, near=True)
-        self._compute, self._bring, self._keep = device.compute, device.stream(), device.stream()
+        tensors = {name: _table(device.pinned, rows, width, dtype) for name, width in widths.items()}
+        super().__init__(tensors, device.stream(), device, folder, check, near=True)
+        self._compute, self._bring = device.compute, device.stream()
         self._landing: dict[str, _Landing[Event]] = {name: _Landing(device) for name in widths}
         self._leaving = {name: _Ring(device) for name in widths}
 
@@ -187,23 +189,11 @@ class Pinned:
             landing.lose()
         self._bring.wait(self._keep.record())
 
-    def save(self, first: int) -> Callable[[], tuple[Saved, float]]:
-        return self._copies.begin(first, self._keep.record())
-
-    def hold(self, durable: Future[None]) -> None:
-        pass
-
-    def restore(self, saved: Saved) -> None:
-        self._copies.restore(saved)
-
-    def give_up(self) -> None:
-        self._copies.give_up()
-
     def close(self) -> None:
-        self._copies.close()
         for stream in (self._bring, self._keep):
             stream.record().synchronize()
-        for held in (self._tensors, self._landing, self._leaving):
+        super().close()
+        for held in (self._landing, self._leaving):
             held.clear()
 
 
@@ -216,11 +206,11 @@ class OnDisk:
     def __init__(
         self, rows: int, widths: Mapping[str, int], dtype: torch.dtype, device: Device, folder: Path, check: Check
     ) -> None:
-        self._folder, self._dtype, self._widths, self._rows = folder, dtype, dict(widths), rows
+        self._folder, self._dtype, self._widths = folder, dtype, dict(widths)
         self._check = check
         self._compute, self._bring, self._keep = device.compute, device.stream(), device.stream()
         near = not device.asynchronous  # the maths reaches what the threads read and write
-        self._arriving, self._departing = (None if near else _Room(device.pinned) for _ in range(2))
+        self._arriving, self._departing = (None if near else Room(device.pinned) for _ in range(2))
         self._landing: dict[str, _Landing[Future[None]]] = {name: _Landing(device) for name in widths}
         self._leaving = {name: _Ring(device) for name in widths}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="fpwap-residual-read")
@@ -229,13 +219,13 @@ class OnDisk:
         self._reading, self._saved = 0, False
         self._held: Future[None] | None = None
         self._files: dict[tuple[str, int], File] = {}
-        self._blocks: dict[tuple[str, int], _Blocks] = {(name, side): {} for name in widths for side in (0, 1)}
+        self._blocks: dict[tuple[str, int], Blocks] = {(name, side): {} for name in widths for side in (0, 1)}
 
         try:
             with reported(folder, 2 * rows * sum(widths.values()) * dtype.itemsize, WHAT):
                 folder.mkdir(parents=True, exist_ok=True)
             for name, side in self._blocks:
-                path, size = _path(folder, name, side), rows * widths[name] * dtype.itemsize
+                path, size = path_of(folder, name, side), rows * widths[name] * dtype.itemsize
                 self._saved |= path.exists()
                 self._files[name, side] = File.kept(path, size, WHAT)
                 self._files[name, side].reserve()
@@ -287,7 +277,7 @@ class OnDisk:
         self._settle(0)
         reading = self._reading
         files = [
-            (_Slot(self._files[name, side], name, side), dict(blocks))
+            (Slot(self._files[name, side], name, side), dict(blocks))
             for (name, side), blocks in self._blocks.items()
             if blocks
         ]
@@ -309,7 +299,7 @@ class OnDisk:
         for words in saved["files"]:
             name, side = words["tensor"], words["side"]
             file, row = self._files[name, side], self._widths[name] * self._dtype.itemsize
-            found = _read_back(file, words, row, self._check)
+            found = read_back(file, words, row, self._check)
             self._blocks[name, side] = {rows.start: (rows.stop, digest) for rows, _, digest in found}
 
     def give_up(self) -> None:
@@ -388,171 +378,14 @@ def open_residual(
     return InMemory(rows, widths, dtype, device, folder, check)
 
 
-# --- what is saved --------------------------------------------------------------------------------------------------
-
-_Blocks = dict[int, tuple[int, bytes]]
-"""Of the rows from one on: where the block ends, and its digest."""
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """A file that holds one tensor's rows."""
-
-    file: File
-    tensor: str
-    side: int
-
-    def words(self, blocks: _Blocks) -> dict[str, Any]:
-        """What `Saved` says of it."""
-        digest = xxh3_128_hexdigest(b"".join(blocks[start][1] for start in sorted(blocks)))
-        ends = [blocks[start][0] for start in sorted(blocks)]
-        assert sorted(blocks) == [0, *ends[:-1]], "blocks follow each other"
-        file = {"file": f"{self.file.path.parent.name}/{self.file.path.name}", "bytes": self.file.needed}
-        return {"tensor": self.tensor, "side": self.side, **file, "ends": ends, "digest": digest}
-
-
-def _read_back(
-    file: File, words: Mapping[str, Any], row: int, check: Check
-) -> Iterator[tuple[slice, memoryview, bytes]]:
-    """A saved file's blocks: rows, bytes, digest; in the end compared with what was saved. row: bytes."""
-    digest, start = xxh3_128(), 0
-    for stop in words["ends"]:
-        check()
-        block = memoryview(bytearray((stop - start) * row))
-        file.read(block, start * row)
-        own = xxh3_128_digest(block)
-        digest.update(own)
-        yield slice(start, stop), block, own
-        start = stop
-    if digest.hexdigest() != words["digest"]:
-        raise StoreError(f"{WHAT}{file.path} is not what the run wrote: its digest differs")
-
-
-class _Copies:
-    """Tensors in memory, copied to two files each by turns. near: the thread reaches their bytes as they lie."""
-
-    def __init__(
-        self, tensors: Mapping[str, Tensor], device: Device, folder: Path, check: Check, *, near: bool
-    ) -> None:
-        self._tensors, self._folder, self._check = tensors, folder, check
-        self._stream, self._room = device.stream(), None if near else _Room(device.pinned)
-        self._thread: ThreadPoolExecutor | None = None
-        self._files: dict[tuple[str, int], File] = {}
-        self._side = 1
-        self._coming: deque[tuple[slice, Future[tuple[bytes, float]]]] = deque()
-
-    def begin(self, first: int, ready: Event) -> Callable[[], tuple[Saved, float]]:
-        """Copies all rows, those from ``first`` on before the others. ready: when what is to be copied is there."""
-        assert all(job.done() for _, job in self._coming)
-        self._coming.clear()
-        side, names, blocks = 1 - self._side, list(self._tensors), []
-        for name, tensor in self._tensors.items():
-            count = max(1, PIECE // max(1, tensor[:1].nbytes))
-            starts = range(0, len(tensor), count)
-            ahead = first // count
-            for start in (*starts[ahead:], *starts[:ahead]):
-                rows = slice(start, min(start + count, len(tensor)))
-                job = self._pool().submit(self._copy, name, side, rows, ready)
-                self._coming.append((rows, job))
-                blocks.append((name, rows, job))
-
-        def finish() -> tuple[Saved, float]:
-            files = []
-            for name in names:
-                found = {rows.start: (rows.stop, job.result()[0]) for of, rows, job in blocks if of == name}
-                self._files[name, side].sync()
-                files.append(_Slot(self._files[name, side], name, side).words(found))
-            sync_folder(self._folder)
-            self._side = side
-            return {"reading": side, "files": files}, sum(job.result()[1] for *_, job in blocks)
-
-        return finish
-
-    def before(self, rows: slice) -> None:
-        """Waits until these rows have been copied."""
-        while self._coming and self._coming[0][1].done():
-            self._coming.popleft()[1].result()
-        for of, job in self._coming:
-            if of.start < rows.stop and rows.start < of.stop:
-                patiently(job, self._check)
-
-    def restore(self, saved: Saved) -> None:
-        self._side = saved["reading"]
-        for words in saved["files"]:
-            tensor = self._tensors[words["tensor"]]
-            row = tensor[:1].nbytes
-            file = self._file(words["tensor"], words["side"])
-            for rows, block, _ in _read_back(file, words, row, self._check):
-                tensor[rows].copy_(torch.frombuffer(block, dtype=tensor.dtype).view(-1, *tensor.shape[1:]))
-
-    def give_up(self) -> None:
-        if self._thread is not None:
-            self._thread.shutdown(wait=True, cancel_futures=True)
-
-    def close(self) -> None:
-        self.give_up()
-        for file in self._files.values():
-            file.close()
-        self._coming.clear()
-        self._files.clear()
-
-    def _pool(self) -> ThreadPoolExecutor:
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="fpwap-residual-save")
-        return self._thread
-
-    def _file(self, name: str, side: int) -> File:
-        if (name, side) not in self._files:
-            self._files[name, side] = File.kept(_path(self._folder, name, side), self._tensors[name].nbytes, WHAT)
-            self._files[name, side].reserve()
-        return self._files[name, side]
-
-    def _copy(self, name: str, side: int, rows: slice, ready: Event) -> tuple[bytes, float]:
-        """On the thread: the rows' digest, and how long it was busy."""
-        began = thread_time()
-        values = self._tensors[name][rows]
-        if self._room is None:
-            ready.synchronize()
-        else:
-            values, source = self._room.take(values.shape, values.dtype), values
-            self._stream.wait(ready)
-            self._stream.copy(values, source)
-            self._stream.record(values, source).synchronize()
-        view = bytes_of(values)
-        self._file(name, side).write(view, rows.start * self._tensors[name][:1].nbytes)
-        return xxh3_128_digest(view), thread_time() - began
-
-
-def _path(folder: Path, name: str, side: int) -> Path:
-    return folder / f"{name}.{'ab'[side]}"
-
-
 # --- buffers --------------------------------------------------------------------------------------------------------
 
 
 def _table(make: Callable[[int], Tensor], rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    return _Room(make).take((rows, width), dtype)
+    return Room(make).take((rows, width), dtype)
 
 
-class _Room:
-    """Memory that one slice after the other is put into; it grows to the largest."""
-
-    def __init__(self, make: Callable[[int], Tensor]) -> None:
-        self._make, self._memory = make, make(0)
-
-    def fits(self, size: int) -> bool:
-        return len(self._memory) >= size
-
-    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor of this shape, full of whatever was left there."""
-        size = math.prod(shape) * dtype.itemsize
-        if not self.fits(size):
-            self._memory = self._make(0)  # the smaller one goes before the larger one comes
-            self._memory = self._make(size)
-        return self._memory[:size].view(dtype).view(*shape)
-
-
-class _Berth(_Room):
+class _Berth(Room):
     """Room on the device. free: the moment at which the last that used it, on whichever stream, is done with it."""
 
     def __init__(self, device: Device) -> None:

@@ -18,7 +18,7 @@ from late import Late
 from test_engine import callbacks, content
 from test_resume import eager, sweep
 
-from fpwap import commits, engine, outbox, reading, residual, store, weights
+from fpwap import commits, engine, outbox, reading, residual, slots, store, weights
 from fpwap.errors import FpwapError, Interrupted, ModelError, StoreError
 
 Checkpoint = Callable[[str], Path]
@@ -33,7 +33,7 @@ STAGES: dict[str, tuple[Any, str, dict[str, Any], bool]] = {
     "what becomes of bytes": (weights._Loader, "load", IN_RAM, False),
     "rows read ahead": (residual.OnDisk, "_read_file", STREAMED, False),
     "rows written behind": (residual.OnDisk, "_write_file", STREAMED, False),
-    "copies of rows": (residual._Copies, "_copy", IN_RAM, False),
+    "copies of rows": (slots.Copies, "_copy", IN_RAM, False),
     "names of files": (store.Store, "_publish", IN_RAM, False),
     "records": (commits.Commits, "_record", IN_RAM, False),
     "outputs on their way": (outbox.Outbox, "_hand_on", IN_RAM, True),

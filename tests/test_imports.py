@@ -41,6 +41,7 @@ TYPES = {
     "outbox": {"store"},
     "costs": {"outbox", "rates", "recipes", "residual"},
     "plan": {"costs", "rates", "residual"},
+    "residual": {"slots"},
     "reading": {"checkpoint"},
     "recipes": {"checkpoint", "formats", "reading"},
     "weights": {"checkpoint", "formats", "reading", "recipes"},
