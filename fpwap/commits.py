@@ -244,7 +244,7 @@ def _plain(state: Any, keep: Callable[[Tensor], Any]) -> Any:
 def _loaded(kept: Any, fetch: Callable[[Mapping[str, Any]], Tensor]) -> Any:
     """The way back."""
     match kept:
-        case {"$tensor": _}:
+        case Mapping() if _TENSOR in kept:
             return fetch(kept)
         case Mapping():
             return {name: _loaded(value, fetch) for name, value in kept.items()}

@@ -22,6 +22,8 @@ from xxhash import xxh3_128_hexdigest
 
 from .errors import StoreError, reported
 
+PARTIAL = ".partial"
+"""Ending of a file's name until it has reached the disk."""
 WRITEBACK = 1 << 25
 """Bytes written after which the system is asked to begin with them: a sync then finds little left."""
 _BEGIN = 2  # SYNC_FILE_RANGE_WRITE
@@ -131,7 +133,7 @@ def sync_folder(folder: Path) -> None:
 
 def put(path: Path, *parts: memoryview) -> None:
     """A whole file, durably under its name, or not there: by way of ``*.partial`` beside it."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + PARTIAL)
     file, at = File.made(partial, sum(part.nbytes for part in parts)), 0
     try:
         for part in parts:

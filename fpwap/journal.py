@@ -25,7 +25,7 @@ from xxhash import xxh3_128_hexdigest
 from archs.contract import MODEL_HOOKS
 
 from .errors import StoreError, reported
-from .files import as_json, put, sealed, sync_folder
+from .files import PARTIAL, as_json, put, sealed, sync_folder
 
 FORMAT, FORMAT_VERSION = "fpwap-run", 1
 REQUEST, MANIFEST, LOCK, SCRATCH, COMMITS = "run.json", "manifest.json", "run.lock", "scratch", "scratch/commits"
@@ -39,7 +39,6 @@ _OURS = re.compile(
 )
 _OUR_FOLDERS = ("activations", "artifacts", SCRATCH)
 _ABSENT = "(absent)"
-_PARTIAL = ".partial"
 _ENVIRONMENT = "environment."
 
 
@@ -129,13 +128,12 @@ class Journal:
 
     def close(self) -> None:
         """The folder is anybody's. May be called twice; a run that never began leaves nothing."""
-        if self._lock < 0:
-            return
-        lock, self._lock = self._lock, -1
-        with contextlib.suppress(OSError):
-            if _same(self.folder / LOCK, lock):
-                (self.folder / LOCK).unlink()
-        os.close(lock)
+        if self._lock >= 0:
+            lock, self._lock = self._lock, -1
+            with contextlib.suppress(OSError):
+                if _same(self.folder / LOCK, lock):
+                    (self.folder / LOCK).unlink()
+            os.close(lock)
         if self._made and not self._begun:
             with contextlib.suppress(OSError):
                 self.folder.rmdir()
@@ -196,7 +194,7 @@ class Journal:
                 _check(self.folder / file["file"], file["bytes"])
             for file in self.records[-1]["open"] if self.records else ():
                 path = self.folder / file["file"]
-                final = path.with_suffix("") if path.suffix == _PARTIAL else path
+                final = path.with_suffix("") if path.suffix == PARTIAL else path
                 _check(final if final.exists() and not path.exists() else path, file["bytes"])
 
 
@@ -375,7 +373,7 @@ def _names(folder: Path) -> Iterator[str]:
 
     for path in (found for top in sorted(folder.iterdir()) for found in look(top)):
         name = path.relative_to(folder).as_posix()
-        ours = _OURS.fullmatch(name) if begun else name in (LOCK, REQUEST + _PARTIAL)
+        ours = _OURS.fullmatch(name) if begun else name in (LOCK, REQUEST + PARTIAL)
         if not ours or path.is_symlink() or not path.is_file():
             raise StoreError(f"{folder} holds {name!r}, which no run of fpwap left there; give another out=")
         yield name
@@ -387,8 +385,8 @@ def _clear(folder: Path, kept: Collection[str]) -> None:
     What got its final name after the last record is partial again.
     """
     for name in sorted(_names(folder), key=lambda name: not name.startswith(COMMITS)):
-        if name + _PARTIAL in kept and not (folder / (name + _PARTIAL)).exists():
-            os.rename(folder / name, folder / (name + _PARTIAL))
+        if name + PARTIAL in kept and not (folder / (name + PARTIAL)).exists():
+            os.rename(folder / name, folder / (name + PARTIAL))
         elif name not in kept and name not in (REQUEST, LOCK):
             (folder / name).unlink()
     if not kept:

@@ -53,6 +53,7 @@ COLD = 0.1
 """Share of a checkpoint in the page cache up to which reading it says how fast the disk is."""
 MOST_EXPERTS = 1 << 17
 """Of a model, in all its layers: what is listed of each takes time before anything is compared with the files."""
+FOLLOWED = "verify=True follows a run from its beginning: if it is interrupted, it is begun again"
 COMPUTED = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes that the families are proved in."""
 
@@ -262,7 +263,7 @@ def prepare(
         hot=machine.hot(files) if on_cpu else 0.0,
         files=files,
         shapes=shapes_of(layout, stages, context),
-        warnings=(*targets.warnings, *_beyond_training(model, prompts)),
+        warnings=(*targets.warnings, *_beyond_training(model, prompts), *([FOLLOWED] if request.verify else [])),
     )
     eager = attention == "eager" or any(hook == "attn_pattern" for own in targets.bound for _, hook in own)
     with machine.uncollected():

@@ -35,7 +35,7 @@ from torch import Tensor
 from xxhash import xxh3_128, xxh3_128_digest, xxh3_128_hexdigest
 
 from .errors import CallbackError, StoreError, reported
-from .files import File, as_json, bytes_of, sealed, sync_folder
+from .files import PARTIAL, File, as_json, bytes_of, sealed, sync_folder
 from .interrupt import Check, patiently
 
 if TYPE_CHECKING:
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
 FORMAT, FORMAT_VERSION = "fpwap-run", 1
 MANIFEST, PROMPTS, REQUEST = "manifest.json", "prompts.safetensors", "run.json"
 """Files of a run folder; ``run.json`` is the journal's and is listed in the manifest where it exists."""
-PARTIAL = ".partial"
-"""Ending of a file's name until it has reached the disk."""
 GRACE = 2.0
 """Seconds that a store which is closed waits for the disk."""
 Tensors = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]

@@ -35,7 +35,7 @@ from .machine import kept_pages, many_files
 from .meter import Meter
 from .outbox import RING, Outbox
 from .plan import Plan
-from .prepare import COMPUTED, Prepared, Request, fetch, learn, pad_token, prepare, to_device
+from .prepare import COMPUTED, FOLLOWED, Prepared, Request, fetch, learn, pad_token, prepare, to_device
 from .profile import Recorder
 from .progress import Progress, ProgressEvent
 from .prompts import Prompts, TokenTable, ingest
@@ -273,13 +273,18 @@ class Sweep:
         command: Mapping[str, Any] | None,
     ) -> None:
         """Leaves a finished run of this identity in ``folder``."""
-        resume: journal.Resume = "never" if identity.opaque(own) is not None else self._resume
-        with Interruptible() as stop, Journal.open(folder, own, resume=resume, allow=self._allow) as held:
-            if held.finished:  # by another process, since `run` looked
-                return
-            if held.records:
-                before = Way.from_json(held.records[0]["way"])
-                ready = replace(ready, plan=ready.plan.like(before))
+        whole = self._why_whole(own)
+        if whole is not None and self._resume == "require":
+            raise RequestError(f"resume='require' cannot be had: {whole}")
+        resume: journal.Resume = self._resume if whole is None else "never"
+        with Interruptible() as stop, contextlib.ExitStack() as opened:
+            with recorder.span("plan"):
+                held = opened.enter_context(Journal.open(folder, own, resume=resume, allow=self._allow))
+                if held.finished:  # by another process, since `run` looked
+                    return
+                if held.records:
+                    before = Way.from_json(held.records[0]["way"])
+                    ready = replace(ready, plan=ready.plan.like(before))
             if not ready.plan.feasible:
                 raise RequestError("; ".join(ready.plan.blockers))
             with recorder.span("verify"):
@@ -288,7 +293,8 @@ class Sweep:
                 with recorder.span("callback"), Blame(callback, "on_sweep_start"):
                     callback.on_sweep_start(ready.context)
             lasting = self._out is not None and self._is_lasting(ready, own)
-            held.begin(command)
+            with recorder.span("commit"):
+                held.begin(command)
             try:
                 self._sweep(held, ready, own, device, recorder, watcher, stop, lasting=lasting)
             except StoreError as error:
@@ -304,7 +310,11 @@ class Sweep:
         reasons += [reason] if (reason := identity.opaque(own)) is not None else []
         for reason in reasons[:1]:
             warnings.warn(f"this run cannot be gone on with if it is interrupted: {reason}", stacklevel=4)
-        return not reasons and not self._verify and ready.plan.unsaved is None
+        return not reasons and self._why_whole(own) is None and ready.plan.unsaved is None
+
+    def _why_whole(self, own: dict[str, Any]) -> str | None:
+        """Why this request is always run from its beginning to its end, in words; None if it may go on."""
+        return FOLLOWED if self._verify else identity.opaque(own)
 
     def _sweep(
         self,
@@ -336,7 +346,7 @@ class Sweep:
                     recorder.count("outputs", values.nbytes)
                     store.write(record, values, sample_ids)
 
-                outbox = Outbox(write, device, ring_bytes=RING)
+                outbox = Outbox(write, device, ring_bytes=RING, check=stop.check)
                 opened.callback(outbox.close)
                 table, rows = _by_rows(ready)
                 taps = Taps(
@@ -424,8 +434,9 @@ def _advised(error: StoreError, held: Journal) -> StoreError:
     if not held.records:
         return error
     _, group, done = held.records[-1]["point"]
-    layers = [stage for stages in Way.from_json(held.records[0]["way"]).schedule.groups[:group] for stage in stages]
-    words = f"up to {'layer ' + layers[-1].label if layers else f'{done} microbatches of the first layers'}"
+    groups = Way.from_json(held.records[0]["way"]).schedule.groups
+    layers = [stage.label for stages in groups[:group] for stage in stages if stage.kind == "layer"]
+    words = f"up to {f'layer {layers[-1]}' if layers else f'{done} microbatches of the first layers'}"
     return StoreError(f"{error}; what is committed, {words}, is kept: run again to go on from there")
 
 

@@ -93,3 +93,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return made[name]
 
     return folder
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit after every visit."""
+    from fpwap import commits
+
+    monkeypatch.setattr(commits, "AT_RISK_S", 0.0)
+    monkeypatch.setattr(commits, "SHARE", float("inf"))

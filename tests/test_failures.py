@@ -15,15 +15,14 @@ from typing import Any
 
 import pytest
 from late import Late
-from test_engine import callbacks, content
-from test_resume import eager, sweep
+from test_engine import content
+from test_resume import sweep
 
 from fpwap import commits, engine, outbox, reading, residual, slots, store, weights
 from fpwap.errors import FpwapError, Interrupted, ModelError, StoreError
 
 Checkpoint = Callable[[str], Path]
 FULL = pytest.mark.full
-__all__ = ["eager"]
 
 STREAMED = {"loading": "stream", "residual": "disk", "layers_per_visit": 1}
 IN_RAM = {"loading": "resident", "residual": "ram", "layers_per_visit": 1}
@@ -171,4 +170,3 @@ def test_two_runs_in_one_folder(checkpoint: Checkpoint, tmp_path: Path) -> None:
         result = sweep(folder, out)
     assert f"process {os.getpid()} on {os.uname().nodename} is writing there" in told[0]
     result.verify()
-    assert callbacks(folder)

@@ -37,13 +37,6 @@ class Cut(Exception):
 
 
 @pytest.fixture
-def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A commit after every visit."""
-    monkeypatch.setattr(commits, "AT_RISK_S", 0.0)
-    monkeypatch.setattr(commits, "SHARE", float("inf"))
-
-
-@pytest.fixture
 def cut(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[int]]:
     """Ends runs before a visit; None: no more. The list is of visits so far."""
     plain = engine._visit
@@ -68,6 +61,13 @@ def cut(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[int]]:
 def sweep(folder: Path, out: Path, **request: Any) -> Result:
     wished = {"dtype": "float32", "progress": False, **STEP, **request}
     return Sweep(folder, dataset(), None, wished.pop("callbacks", None) or callbacks(folder), out=out, **wished).run()
+
+
+def interrupted(folder: Path, out: Path, cut: Callable[[int | None], list[int]], last: int, **request: Any) -> None:
+    cut(last)
+    with pytest.raises(Cut):
+        sweep(folder, out, **request)
+    cut(None)
 
 
 def records(out: Path) -> list[dict[str, Any]]:
@@ -99,9 +99,7 @@ def test_cut_at_every_visit(
     assert visits >= 4
     for last in range(1, visits):
         out = tmp_path / f"{last}"
-        cut(last)
-        with pytest.raises(Cut):
-            sweep(folder, out, **request)
+        interrupted(folder, out, cut, last, **request)
         with pytest.raises(StoreError, match="no finished run"):
             Result.open(out)
         found = records(out)
@@ -146,18 +144,8 @@ def test_what_is_cut_into_pieces(
     whole = content(sweep(folder, tmp_path / "whole"))
     for last in range(1, len(done), 2):
         out = tmp_path / f"{last}"
-        cut(last)
-        with pytest.raises(Cut):
-            sweep(folder, out)
-        cut(None)
+        interrupted(folder, out, cut, last)
         assert content(sweep(folder, out)) == whole
-
-
-def interrupted(folder: Path, out: Path, cut: Callable[[int | None], list[int]], last: int, **request: Any) -> None:
-    cut(last)
-    with pytest.raises(Cut):
-        sweep(folder, out, **request)
-    cut(None)
 
 
 def test_cut_again_and_again(
@@ -411,3 +399,25 @@ def test_how_often_is_what_it_costs(seconds: float, interval: float, tmp_path: P
     assert first == pytest.approx(interval, abs=0.6)
     for before, after in pairwise([first, *others]):
         assert after - before - seconds == pytest.approx(interval, abs=0.6)
+
+
+def test_a_run_that_is_compared_is_compared_from_its_beginning(
+    checkpoint: Checkpoint, tmp_path: Path, eager: None, cut: Callable[[int | None], list[int]]
+) -> None:
+    """Also where one that was not has left commits: they are of the same identity."""
+    folder, out = checkpoint("llama"), tmp_path / "out"
+    request = {"callbacks": [RawActivations()], "layers_per_visit": 1}
+    done = cut(None)
+    whole = content(sweep(folder, tmp_path / "whole", **request))
+    visits = len(done)
+    interrupted(folder, out, cut, 6, **request)
+    assert records(out)
+    with pytest.raises(RequestError, match="resume='require' cannot be had: verify=True follows a run"):
+        sweep(folder, out, verify=True, resume="require", **request)
+    assert records(out)
+    done = cut(None)
+    result = sweep(folder, out, verify=True, **request)
+    assert len(done) == visits
+    assert result.manifest["certificate"]["layers"] == [0, 1, 2]
+    assert "if it is interrupted, it is begun again" in result.manifest["plan"]
+    assert content(result) == whole
