@@ -34,7 +34,7 @@ test-trained: $(VENV)/dev  # needs the network, gguf and 2 GB: checkpoints with 
 	$(BIN)/python tools/trained_checkpoints.py build/trained
 	FPWAP_TRAINED=build/trained $(PYTEST) -m trained tests/test_trained.py
 
-faults: $(VENV)/dev  # an hour: kills, full disks and power cuts at every call; then single faults put into the families
+faults: $(VENV)/dev  # long: kills, full disks and power cuts at every call; then single faults put into the families
 	$(PYTEST) -m faults -n 2 tests/faults
 	$(BIN)/python tools/seeded_faults.py
 
