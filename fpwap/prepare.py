@@ -45,6 +45,8 @@ from .residual import Tier
 from .schedule import Loading, Stage
 from .sites import Targets, bind, check_positions, stage_of, where
 
+MOST_ROWS = 2**25
+"""Bytes of a packed microbatch's residual rows by default, less than which they are on the CPU."""
 MICROBATCH_HEIGHTS = 4
 """Tiles of a packed microbatch by default, at most: the fill of the last one is a few percent."""
 AT_ONCE = 16
@@ -343,13 +345,12 @@ def _microbatch(height: int, longest: int, row: int, device: torch.device) -> in
     """Tokens of a packed microbatch by default: whole tiles. longest: of all prompts; row: bytes of the residual
     stream.
 
-    On the CPU as few as fill well with prompts of this length, for memory's sake, and no more than keep its tensors
-    below what the allocator maps anew at every operation.
+    On the CPU, for memory's sake, as few as fill well with prompts of this length, and no more than `MOST_ROWS` bytes.
     """
     tiles = MICROBATCH_HEIGHTS
     if device.type == "cpu" and height:
         tiles = min(tiles, -(-MICROBATCH_HEIGHTS * longest // height))
-        tiles = max(1, min(tiles, (machine.LARGEST_KEPT - 1) // (height * row)))
+        tiles = max(1, min(tiles, (MOST_ROWS - 1) // (height * row)))
     return tiles * height
 
 

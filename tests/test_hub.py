@@ -13,7 +13,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -68,6 +68,7 @@ class Hub(BaseHTTPRequestHandler):
     asked: list[str]
     sent: dict[str, int]
     ranges: bool
+    broken: set[str]
 
     def log_message(self, *arguments: object) -> None:
         pass
@@ -107,6 +108,8 @@ class Hub(BaseHTTPRequestHandler):
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if asked is None:
             self.asked.append(parts[-1])
+            if self.command == "GET" and parts[-1] in self.broken:
+                return self._answer(500, b"")
         status, part = 200, body
         if asked is not None and self.ranges:
             status, part = 206, body[int(asked[1]) : int(asked[2]) + 1]
@@ -118,11 +121,17 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(folder: Path, *, ranges: bool = True) -> Iterator[tuple[str, list[str], dict[str, int]]]:
-    """Endpoint, the names of the files that were asked for whole, and bytes that were sent of each file."""
+def serving(
+    folder: Path, *, ranges: bool = True, broken: Iterable[str] = ()
+) -> Iterator[tuple[str, list[str], dict[str, int]]]:
+    """Endpoint, the names of the files that were asked for whole, and bytes that were sent of each file.
+
+    broken: files of which the server can send a part (a header), and fails with the whole.
+    """
     asked: list[str] = []
     sent: dict[str, int] = {}
-    handler = type("Handler", (Hub,), {"folder": folder, "asked": asked, "sent": sent, "ranges": ranges})
+    served = {"folder": folder, "asked": asked, "sent": sent, "ranges": ranges, "broken": set(broken)}
+    handler = type("Handler", (Hub,), served)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = Thread(target=partial(server.serve_forever, poll_interval=0.01))
     thread.start()
@@ -219,6 +228,51 @@ def test_a_server_without_ranges_is_heard_no_longer_than_the_header(large: Path,
     with serving(large, ranges=False) as (endpoint, asked, _):
         assert run(endpoint, tmp_path / "home", "tests/model", "0", code=PLAN).endswith("stream True")
         assert not any(name.endswith(".safetensors") for name in asked)
+
+
+def test_a_snapshot_that_came_by_half_is_completed(large: Path, tmp_path: Path) -> None:
+    """A server that fails with one shard; then no network; then one that has it: asked for what is missing alone."""
+    needed = shards_of(large, "embed_tokens", "layers.0.", "layers.1.")
+    home, (lost,) = tmp_path / "home", shards_of(large, "layers.1.mlp.up_proj")
+    words = ("tests/model", "1", "run")
+    with serving(large, broken={lost}) as (endpoint, _, _):
+        said = run(endpoint, home, *words, code=PLAN).splitlines()[-1]
+        assert said.startswith("HubError tests/model") and "cannot be fetched from the hub" in said and "500" in said
+    offline = run(endpoint, home, *words, code=PLAN, HF_HUB_OFFLINE="1")
+    assert "is not in the local cache and the hub cannot be reached" in offline
+    with serving(large) as (endpoint, asked, _):
+        assert run(endpoint, home, *words, code=PLAN).endswith("ran")
+        assert lost in asked
+    assert {path.name for path in home.rglob("*.safetensors")} == needed
+
+
+def test_a_cache_that_lost_a_file_fetches_it_again(large: Path, tmp_path: Path) -> None:
+    """The cache's entries are links to blobs; here the cache itself lies behind one too."""
+    (tmp_path / "disk").mkdir()
+    home = tmp_path / "home"
+    home.symlink_to("disk")
+    words = ("tests/model", "1", "run")
+    (shard,) = shards_of(large, "layers.0.mlp.up_proj")
+    with serving(large) as (endpoint, asked, _):
+        assert run(endpoint, home, *words, code=PLAN).endswith("ran")
+        (entry,) = home.rglob(shard)
+        assert entry.is_symlink()
+        entry.resolve().unlink()
+        offline = run(endpoint, home, *words, code=PLAN, HF_HUB_OFFLINE="1")
+        assert "is not in the local cache and the hub cannot be reached" in offline
+        asked.clear()
+        assert run(endpoint, home, *words, code=PLAN).endswith("ran")
+        assert {name for name in asked if name.endswith(".safetensors")} == {shard}
+
+
+@pytest.mark.parametrize("lost", ["config.json", "a shard"])
+def test_a_repository_without_one_of_its_files(lost: str, large: Path, tmp_path: Path) -> None:
+    folder = copied(large, tmp_path / "served")
+    name = lost if lost == "config.json" else shards_of(large, "layers.0.").pop()
+    (folder / name).unlink()
+    with serving(folder) as (endpoint, _, _):
+        said = run(endpoint, tmp_path / "home", "tests/model", "0", code=PLAN)
+    assert said.startswith("ModelError") and name in said and len(said.splitlines()) == 1
 
 
 @pytest.mark.parametrize("ranges", [True, False])
