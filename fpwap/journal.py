@@ -46,8 +46,8 @@ class Journal:
     """A run folder while it is ours.
 
     finished: whether a run of this identity is complete in it. records: the commit records of an unfinished one, eldest
-    first; none where it is to begin from the start. identity: as it is stored; it differs from what was given in what
-    was allowed to.
+    first; none where it is to begin from the start. identity: what was given; where there are records what is stored,
+    which differs from it in what was allowed to.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
@@ -86,7 +86,7 @@ class Journal:
         return journal
 
     def begin(self, command: Mapping[str, Any] | None = None) -> None:
-        """The run starts, or goes on: what the last record does not name is removed; ``run.json`` is there.
+        """The run starts, or goes on: what the last record does not name is removed; ``run.json`` is this run's.
 
         command: kept beside the identity, for whoever wants to ask for the same again.
         """
@@ -97,7 +97,7 @@ class Journal:
             kept |= {f"{COMMITS}/{number + 1:06}.json" for number in range(len(self.records))}
             _clear(self.folder, kept)
             self._begun = True
-            if not (self.folder / REQUEST).exists():
+            if not self.records:
                 record = {"format": FORMAT, "format_version": FORMAT_VERSION, "identity": self.identity}
                 put(self.folder / REQUEST, as_json(record | ({"command": command} if command else {})))
                 sync_folder(self.folder.parent)
@@ -182,7 +182,6 @@ class Journal:
             raise StoreError(f"{self.folder} holds no run to go on with: leave resume='require' out to begin one")
         names = list(_names(self.folder)) if not self.finished else []
         if unfinished and resume != "never":
-            self.identity = _read(self.folder / REQUEST)["identity"]
             numbers = sorted(name for name in names if name.startswith(COMMITS) and name.endswith(".json"))
             if f"{COMMITS}/{1:06}.json" not in numbers:  # whoever began to remove them took the first one first
                 numbers = []
@@ -190,6 +189,8 @@ class Journal:
             for number, name in enumerate(numbers):
                 self.records.append(_record(self.folder / name, number + 1, before))
                 before = self.records[-1]["digest"]
+            if self.records:
+                self.identity = _read(self.folder / REQUEST)["identity"]
             for file in (file for record in self.records for file in record["done"]):
                 _check(self.folder / file["file"], file["bytes"])
             for file in self.records[-1]["open"] if self.records else ():

@@ -349,6 +349,23 @@ def test_another_environment_is_refused_unless_it_is_allowed_by_name(
         sweep(folder, out, allow=["model"])
 
 
+def test_a_run_that_is_begun_again_is_of_the_environment_that_it_is_run_in(
+    checkpoint: Checkpoint,
+    tmp_path: Path,
+    eager: None,
+    cut: Callable[[int | None], list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, out = checkpoint("llama"), tmp_path / "out"
+    interrupted(folder, out, cut, 5)
+    monkeypatch.setattr("platform.machine", lambda: "abacus")
+    result = sweep(folder, out, resume="never", allow=["processor"])
+    assert json.loads((out / "run.json").read_text())["identity"]["environment"]["processor"] == "abacus"
+    assert result.manifest["environment"]["processor"] == "abacus"
+    assert "ended_in" not in result.manifest
+    Result.open(out).verify()
+
+
 class Parts:
     """What `Commits` speaks to, of a run in which nothing lies on a disk; a commit costs ``seconds``."""
 
