@@ -305,8 +305,8 @@ def _asked(options: argparse.Namespace, *, progress: bool) -> Iterator["Sweep"]:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from .folder import MANIFEST
     from .plan import size
-    from .store import MANIFEST
 
     if options.quiet:
         from huggingface_hub.utils.tqdm import disable_progress_bars

@@ -30,7 +30,8 @@ from .callbacks.base import Callback
 from .costs import Way
 from .errors import StoreError
 from .files import File, bytes_of, sync_folder
-from .journal import BEGIN_AGAIN, COMMITS, Journal
+from .folder import COMMITS
+from .journal import BEGIN_AGAIN, Journal
 from .residual import Residual
 from .schedule import START, Point, Step
 from .slots import Saved

@@ -26,9 +26,8 @@ from archs.contract import MODEL_HOOKS
 
 from .errors import StoreError, reported
 from .files import PARTIAL, as_json, put, sealed, sync_folder
+from .folder import COMMITS, FORMAT, FORMAT_VERSION, LOCK, MANIFEST, REQUEST, SCRATCH
 
-FORMAT, FORMAT_VERSION = "fpwap-run", 1
-REQUEST, MANIFEST, LOCK, SCRATCH, COMMITS = "run.json", "manifest.json", "run.lock", "scratch", "scratch/commits"
 Resume = Literal["auto", "never", "require"]
 """What becomes of an unfinished run of the same identity: it is gone on with; begun again; there has to be one."""
 

@@ -19,7 +19,7 @@ import archs
 from archs.batch import Attention
 from archs.contract import ArchError, Family, routed
 
-from . import hub, journal, machine, rates
+from . import hub, machine, rates
 from .callbacks.base import Callback
 from .checkpoint import (
     INDEX,
@@ -36,6 +36,7 @@ from .context import SweepContext
 from .costs import products_s
 from .counting import costs_of, shapes_of
 from .errors import ModelError, RequestError
+from .folder import REQUEST
 from .foreign import is_plain, shown
 from .formats import Quantisation, quantisation
 from .plan import Budgets, Known, Plan, Wanted, counted, make_plan, tile_heights
@@ -329,7 +330,7 @@ def _free_disk(out: Path | None) -> int:
     """Bytes that a run may come to take in ``out``: those that an unfinished one there has taken are its own."""
     if out is None:
         return machine.free_disk(Path(tempfile.gettempdir()))
-    return machine.free_disk(out) + (machine.held_disk(out) if (out / journal.REQUEST).exists() else 0)
+    return machine.free_disk(out) + (machine.held_disk(out) if (out / REQUEST).exists() else 0)
 
 
 def _wished(request: Request, device: torch.device) -> Wanted:

@@ -23,17 +23,10 @@ from xxhash import xxh3_128, xxh3_128_digest, xxh3_128_hexdigest
 
 from .errors import RequestError, StoreError, reported
 from .files import sealed, sync_folder
+from .folder import FORMAT, FORMAT_VERSION, MANIFEST, PROFILE
 from .journal import tidy
 from .profile import Profile
-from .store import (
-    FORMAT,
-    FORMAT_VERSION,
-    MANIFEST,
-    Record,
-    Tensors,
-    layout,
-    prompt_tensors,
-)
+from .store import Record, Tensors, layout, prompt_tensors
 
 _Key = tuple[str, int | None, str]
 
@@ -212,8 +205,8 @@ class Result:
     @property
     def profile(self) -> Profile:
         """Where the run's time went."""
-        with reported(self.path / "profile.json"):
-            return Profile.from_json(json.loads((self.path / "profile.json").read_bytes()))
+        with reported(self.path / PROFILE):
+            return Profile.from_json(json.loads((self.path / PROFILE).read_bytes()))
 
     def save(self, path: str | os.PathLike[str]) -> "Result":
         """Copy the run to the new (or empty) folder ``path``; returns the `Result` there. For runs without ``out=``."""

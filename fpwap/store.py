@@ -36,14 +36,12 @@ from xxhash import xxh3_128, xxh3_128_digest, xxh3_128_hexdigest
 
 from .errors import CallbackError, StoreError, reported
 from .files import PARTIAL, File, as_json, bytes_of, sealed, sync_folder
+from .folder import FORMAT, FORMAT_VERSION, MANIFEST, PROMPTS, REQUEST
 from .interrupt import Check, patiently
 
 if TYPE_CHECKING:
     from .callbacks.base import LayerArtifact, Site
 
-FORMAT, FORMAT_VERSION = "fpwap-run", 1
-MANIFEST, PROMPTS, REQUEST = "manifest.json", "prompts.safetensors", "run.json"
-"""Files of a run folder; ``run.json`` is the journal's and is listed in the manifest where it exists."""
 GRACE = 2.0
 """Seconds that a store which is closed waits for the disk."""
 Tensors = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -429,7 +427,7 @@ class Store:
         plan = layout(prompt_tensors(prompts, tokens), PROMPTS)
         parts = {"ids": ids, "offsets": self._first_row["token"]}
         entry = self._put(PROMPTS, memoryview(plan.header), *(parts[name].data.cast("B") for name in plan.starts))
-        request = self._folder / REQUEST
+        request = self._folder / REQUEST  # the journal's
         with reported(request):
             if request.exists():
                 raw = request.read_bytes()

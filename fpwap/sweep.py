@@ -22,15 +22,16 @@ from torch import Tensor
 
 from archs.batch import Attention
 
-from . import identity, journal
+from . import identity
 from .callbacks.base import Callback, unresumable
 from .commits import Commits, Uncommitted
 from .costs import Way
 from .device import Device, open_device
 from .engine import Parts, sweep
 from .errors import RequestError, StoreError
+from .folder import PROFILE, SCRATCH
 from .interrupt import Interruptible
-from .journal import Journal
+from .journal import Journal, Resume, is_finished
 from .machine import kept_pages, many_files
 from .meter import Meter
 from .outbox import RING, Outbox
@@ -109,7 +110,7 @@ class Sweep:
         attn_implementation: Attention | None = None,
         verify: bool = False,
         progress: bool | Callable[[ProgressEvent], None] = True,
-        resume: journal.Resume = "auto",
+        resume: Resume = "auto",
         allow: Collection[str] = (),
     ) -> None:
         given = {
@@ -192,7 +193,7 @@ class Sweep:
         with recorder.span("plan"):
             ready = fetch(self._prepared)
             own = identity.identity(self._request, ready, self._callbacks)
-            finished = self._out is not None and journal.is_finished(self._out, own, allow=self._allow)
+            finished = self._out is not None and is_finished(self._out, own, allow=self._allow)
         if self._out is not None and finished:
             unknown = identity.opaque(own)
             if unknown is not None:
@@ -276,7 +277,7 @@ class Sweep:
         whole = self._why_whole(own)
         if whole is not None and self._resume == "require":
             raise RequestError(f"resume='require' cannot be had: {whole}")
-        resume: journal.Resume = self._resume if whole is None else "never"
+        resume: Resume = self._resume if whole is None else "never"
         with Interruptible() as stop, contextlib.ExitStack() as opened:
             with recorder.span("plan"):
                 held = opened.enter_context(Journal.open(folder, own, resume=resume, allow=self._allow))
@@ -335,7 +336,7 @@ class Sweep:
                 opened.enter_context(kept_pages())
                 opened.enter_context(many_files())
                 meter = Meter(device.torch, folder)
-                widths, scratch = {"residual": model.config.hidden}, folder / journal.SCRATCH
+                widths, scratch = {"residual": model.config.hidden}, folder / SCRATCH
                 residual = open_residual(plan.tier, plan.residual_rows, widths, plan.dtype, device, scratch, stop.check)
                 opened.callback(residual.close)
                 store = Store.open(folder, ready.prompts.lengths, ram=plan.pooled_bytes, check=stop.check)
@@ -423,7 +424,7 @@ class Sweep:
                 peaks=peaks,
                 share=1 - plan.schedule.behind(start) / len(plan.schedule),
             )
-            store.put_json("profile.json", profile.to_json())
+            store.put_json(PROFILE, profile.to_json())
             store.finish(identity.manifest(held.identity, plan, own) | watcher.certificate(), ready.prompts.ids)
             if start == START:
                 learn(plan, profile)

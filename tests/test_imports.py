@@ -31,7 +31,7 @@ OUTER = {
     *("result", "sweep", "text", "verify", "watch"),
 }
 """May import parts."""
-VOCABULARY = {"errors", "schedule", "callbacks.base", "device", "interrupt", "files", "foreign"}
+VOCABULARY = {"errors", "schedule", "callbacks.base", "device", "interrupt", "files", "folder", "foreign"}
 """Words that all parts share: exceptions, stages, sites, what callbacks return, the device, how to wait, files."""
 TYPES = {
     "checkpoint": {"formats"},
