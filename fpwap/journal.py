@@ -75,6 +75,8 @@ class Journal:
         journal = cls(folder, identity)
         with reported(folder):
             journal._made = not folder.exists()
+            if not journal._made and not folder.is_dir():
+                raise StoreError(f"{folder} is a file; out= names a folder")
             folder.mkdir(parents=True, exist_ok=True)
         try:
             journal._hold()

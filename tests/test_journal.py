@@ -57,6 +57,13 @@ def test_a_new_folder_is_made_and_an_empty_one_taken(tmp_path: Path) -> None:
         assert json.loads((folder / "run.json").read_text())["identity"] == IDENTITY
 
 
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").write_bytes(b"mine")
+    with pytest.raises(StoreError, match="out is a file; out= names a folder"):
+        claim(tmp_path / "out", IDENTITY)
+    assert (tmp_path / "out").read_bytes() == b"mine"
+
+
 def test_an_interrupted_run_is_begun_again(tmp_path: Path) -> None:
     interrupted(tmp_path)
     assert len(listing(tmp_path)) > 9
