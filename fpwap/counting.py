@@ -18,14 +18,10 @@ from numpy.typing import NDArray
 from archs.ops import ALL, Sees
 
 from .callbacks.base import Callback, Declared, Site
-from .checkpoint import (
-    Layout,
-    Parcel,
-    Slot,
-)
 from .context import SweepContext
 from .costs import LOGITS, Costs, Maths, StageCost
 from .errors import CallbackError, RequestError
+from .parcels import Layout, Parcel, Slot
 from .plan import KEPT_ROWS, SPARSE_HEIGHT, Shapes
 from .prompts import TokenTable
 from .recipes import recipe, slices, slot_size, vocabulary, without_experts

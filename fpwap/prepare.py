@@ -26,11 +26,8 @@ from .checkpoint import (
     SINGLE,
     Checkpoint,
     Entry,
-    Layout,
     entries_of,
-    lay_out,
     shard_names,
-    tensors_of,
 )
 from .context import SweepContext
 from .costs import products_s
@@ -39,6 +36,7 @@ from .errors import ModelError, RequestError
 from .folder import REQUEST
 from .foreign import is_plain, shown
 from .formats import Quantisation, quantisation
+from .parcels import Layout, lay_out, tensors_of
 from .plan import Budgets, Known, Plan, Wanted, counted, make_plan, tile_heights
 from .profile import Profile
 from .prompts import Prompts, TokenTable, arrange

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from archs.contract import Source
 
-from .checkpoint import STORED, Entry, Parcel, Piece, Slot
+from .checkpoint import STORED, Entry
 from .device import PAGE
 from .errors import ModelError
 from .formats import fp8_blocks, mxfp4
+from .parcels import Parcel, Piece, Slot
 from .reading import Gathered, Span, gather, whole_pages
 
 Way = Literal["map", "slot", "stage"]

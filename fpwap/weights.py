@@ -28,11 +28,12 @@ from torch import Tensor
 
 from archs.contract import Resident
 
-from .checkpoint import FP8_SCALES, MXFP4, STORED, Checkpoint, Entry, Layout, Parcel, Piece, Slot
+from .checkpoint import FP8_SCALES, MXFP4, STORED, Checkpoint, Entry
 from .device import Cpu, Device, Event
 from .errors import ModelError
 from .formats import Quantisation
 from .interrupt import Check, at_work, patiently
+from .parcels import Layout, Parcel, Piece, Slot
 from .reading import Closed, Gathered, Reader, Reading, Shards
 from .recipes import (
     CPU_STAGINGS,

@@ -14,7 +14,8 @@ from harness import Keep, differences, keep, prompts, run
 
 from fpwap import Sweep
 from fpwap.callbacks.common import RawActivations
-from fpwap.checkpoint import Checkpoint, Layout, lay_out
+from fpwap.checkpoint import Checkpoint
+from fpwap.parcels import Layout, lay_out
 from fpwap.plan import Plan
 from fpwap.prepare import open_model
 from fpwap.schedule import Stage, cut

@@ -34,7 +34,6 @@ OUTER = {
 VOCABULARY = {"errors", "schedule", "callbacks.base", "device", "interrupt", "files", "folder", "foreign"}
 """Words that all parts share: exceptions, stages, sites, what callbacks return, the device, how to wait, files."""
 TYPES = {
-    "checkpoint": {"formats"},
     "context": {"prompts"},
     "callbacks.common": {"callbacks.moments"},
     "meter": {"machine"},
@@ -43,8 +42,9 @@ TYPES = {
     "plan": {"costs", "rates", "residual"},
     "residual": {"slots"},
     "reading": {"checkpoint"},
-    "recipes": {"checkpoint", "formats", "reading"},
-    "weights": {"checkpoint", "formats", "reading", "recipes"},
+    "parcels": {"checkpoint", "formats"},
+    "recipes": {"checkpoint", "formats", "parcels", "reading"},
+    "weights": {"checkpoint", "formats", "parcels", "reading", "recipes"},
     "taps": {"prompts", "sites", "store"},
 }
 """part -> parts whose types (and, of sites, whose facts) it uses."""

@@ -174,12 +174,6 @@ def test_a_record_of_a_later_format(tmp_path: Path) -> None:
         claim(tmp_path, IDENTITY)
 
 
-def test_a_file_is_no_folder(tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("mine")
-    with pytest.raises(StoreError, match="out"):
-        claim(tmp_path / "out", IDENTITY)
-
-
 def test_difference_names_the_leaves() -> None:
     now = {"model": {"id": "m", "shards": [1, 3]}, "callbacks": [{"name": "A"}], "seq_len": None, "more": True}
     assert difference(IDENTITY, now) == [

@@ -32,10 +32,11 @@ from torch import Tensor
 
 from archs.contract import Family, experts, source
 from fpwap import interrupt, reading, recipes, weights
-from fpwap.checkpoint import Checkpoint, Layout, lay_out
+from fpwap.checkpoint import Checkpoint
 from fpwap.device import PAGE, Cpu, Device, Event
 from fpwap.errors import ModelError, RequestError
 from fpwap.formats import Quantisation, mxfp4
+from fpwap.parcels import Layout, lay_out
 from fpwap.reading import Shards, Span, gather
 from fpwap.recipes import Way, recipe, slot_size
 from fpwap.schedule import Loading, Stage
