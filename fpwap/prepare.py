@@ -37,12 +37,13 @@ from .folder import REQUEST
 from .foreign import is_plain, shown
 from .formats import Quantisation, quantisation
 from .parcels import Layout, lay_out, tensors_of
-from .plan import Budgets, Known, Plan, Wanted, counted, make_plan, tile_heights
+from .plan import Known, Plan, counted, make_plan, tile_heights
 from .profile import Profile
 from .prompts import Prompts, TokenTable, arrange
 from .residual import Tier
 from .schedule import Loading, Stage
 from .sites import Targets, bind, check_positions, stage_of, where
+from .ways import Budgets, Wanted
 
 MOST_ROWS = 2**25
 """Bytes of a packed microbatch's residual rows by default, less than which they are on the CPU."""

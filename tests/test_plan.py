@@ -26,10 +26,11 @@ from fpwap.callbacks.common import RawActivations
 from fpwap.costs import DIGESTS, Costs, Maths, Pace, StageCost, Way, needs, slots, steps_up_to
 from fpwap.errors import ModelError, RequestError
 from fpwap.outbox import RING
-from fpwap.plan import AS_FAST, AS_SOON_S, Budgets, Known, Plan, Wanted, make_plan
+from fpwap.plan import AS_FAST, AS_SOON_S, Known, Plan, make_plan
 from fpwap.prepare import learn
 from fpwap.rates import Rates
 from fpwap.schedule import Schedule, Stage, cut, group_stages
+from fpwap.ways import Budgets, Wanted
 
 CPU = torch.device("cpu")
 KB, MB, GB = 10**3, 10**6, 10**9

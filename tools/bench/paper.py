@@ -33,8 +33,9 @@ import fpwap.machine
 import fpwap.rates
 from fpwap import Sweep
 from fpwap.callbacks.common import RawActivations
-from fpwap.plan import Budgets, Plan, duration
+from fpwap.plan import Plan, duration
 from fpwap.rates import Rates
+from fpwap.ways import Budgets
 
 from . import limits, make_checkpoint, report
 from .make_checkpoint import Parameter, Shape
