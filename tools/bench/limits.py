@@ -32,6 +32,8 @@ import struct
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
@@ -114,7 +116,25 @@ def layers_bytes(model: Path) -> int:
     return sum(tensor.size for tensor in stored(model))
 
 
-def gemm(layer: list[Linear], height: int, dtype: torch.dtype, seconds: float, device: str = "cpu") -> list[float]:
+@dataclass
+class Busy:
+    """Seconds of processors and of the wall while something was measured; what prepares it is left out."""
+
+    cpu_s: float = 0.0
+    wall_s: float = 0.0
+
+    @contextmanager
+    def clock(self) -> Iterator[None]:
+        wall, cpu = perf_counter(), process_time()
+        yield
+        self.wall_s, self.cpu_s = self.wall_s + perf_counter() - wall, self.cpu_s + process_time() - cpu
+
+    @property
+    def cores(self) -> float:
+        return self.cpu_s / self.wall_s
+
+
+def gemm(layer: list[Linear], height: int, dtype: torch.dtype, seconds: float, busy: Busy, device: str) -> list[float]:
     """Median seconds of ``[height, in] @ [in, out]`` for each linear of a layer, multiplied in turn."""
     weights = [torch.randn(linear.out, linear.into).to(device, dtype) for linear in layer]
     inputs = {into: torch.randn(height, into).to(device, dtype) for into in {linear.into for linear in layer}}
@@ -132,18 +152,19 @@ def gemm(layer: list[Linear], height: int, dtype: torch.dtype, seconds: float, d
 
     once(keep=False)
     until = perf_counter() + seconds
-    while len(times[0]) < 3 or perf_counter() < until:
-        once(keep=True)
+    with busy.clock():
+        while len(times[0]) < 3 or perf_counter() < until:
+            once(keep=True)
     return [median(own) for own in times]
 
 
 def gemm_rates(
-    model: Path, dtype: torch.dtype, seconds: float, device: str = "cpu"
+    model: Path, dtype: torch.dtype, seconds: float, busy: Busy, device: str
 ) -> Iterator[tuple[int, Linear | None, float]]:
     """(height, linear, operations per second), distinct shapes only; linear None: a whole layer."""
     layer = linears(model)[-1]  # the first may be of another kind
     for height in HEIGHTS:
-        times = gemm(layer, height, dtype, seconds, device)
+        times = gemm(layer, height, dtype, seconds, busy, device)
         costs = [2.0 * height * linear.out * linear.into for linear in layer]
         seen: set[tuple[int, int]] = set()
         for linear, cost, time in zip(layer, costs, times, strict=True):
@@ -238,17 +259,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     figures: dict[str, Any] = {"threads": torch.get_num_threads(), "weights_per_token": weights_per_token(model)}
     if "gemm" in parts:
         figures["gemm"] = {}
-        rows = []
-        wall, cpu = perf_counter(), process_time()
+        rows, busy = [], Busy()
         for name in dtypes:
             layers: dict[int, float] = {}
-            for height, linear, rate in gemm_rates(model, getattr(torch, name), seconds, args.device):
+            for height, linear, rate in gemm_rates(model, getattr(torch, name), seconds, busy, args.device):
                 what = f"{linear.out} x {linear.into}" if linear else "**layer**"
                 rows.append((name, str(height), what, f"{rate / 1e12:.3f}"))
                 if linear is None:
                     layers[height] = rate
             figures["gemm"][name] = {"best": max(layers.values()), "by_height": layers}
-        figures["cores"] = (process_time() - cpu) / (perf_counter() - wall)
+        figures["cores"] = busy.cores
         print(report.table(("dtype", "rows", "matrix", "TFLOP/s"), rows))
         print(f"\n{figures['cores']:.2f} cores of {figures['threads']} threads\n")
     rates = []
