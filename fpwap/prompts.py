@@ -256,7 +256,8 @@ def _ones(where: str, mask: list[int], width: int) -> slice:
 
 
 def _check_ids(where: str, row: list[int], part: slice, vocab: int) -> None:
-    if min(row[part]) < 0 or max(row[part]) >= vocab:
+    real = row[part]
+    if min(real) < 0 or max(real) >= vocab:
         place = next(place for place in range(part.start, part.stop) if not 0 <= row[place] < vocab)
         raise DatasetError(
             f"{where}: {IDS}[{place}] is {row[place]}, but the model's ids are 0 to {vocab - 1}; use the model's own "
