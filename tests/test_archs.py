@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import CORE, LONGEST, VARIANTS, VOCAB, tensors
+from checkpoints import CORE, FAULTS, LONGEST, VARIANTS, VOCAB, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -772,6 +772,14 @@ def test_keys_remembers_what_was_read() -> None:
         Keys({}).number("x")
     with pytest.raises(ArchError, match=r"'x' = 1, 'y' = 2"):
         Keys({"y": 2, "x": 1}).finish()
+
+
+def test_every_seeded_fault_can_still_be_put_in() -> None:
+    """``tools/seeded_faults.py`` takes an hour of processors, so what makes it stop has to be seen here."""
+    folder = Path(archs.__file__).parent
+    lost = [fault for fault in FAULTS if (folder / fault[0]).read_text().count(fault[1]) != 1 or fault[1] == fault[2]]
+    assert FAULTS and not lost
+    assert {variant for *_, variant in FAULTS} <= set(VARIANTS)
 
 
 def test_shapes_are_in_words_of_the_config() -> None:

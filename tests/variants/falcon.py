@@ -126,7 +126,7 @@ FAULTS: list[tuple[str, str, str]] = [
     ("alibi_slopes(c.heads, batch).bfloat16()", "alibi_slopes(c.heads, batch)", "falcon_rw_twelve_heads"),
     ("(added / math.sqrt(q.shape[-1]))", "added", "falcon_rw_twelve_heads"),
     ("attn_mask=mask)", "attn_mask=mask, enable_gqa=True)", "falcon_silent"),
-    ('keys.number("layer_norm_epsilon", 1e-5)', 'keys.number("layer_norm_epsilon", 1e-6)', "falcon_silent"),
+    ('"layer_norm_epsilon", 1e-5', '"layer_norm_epsilon", 1e-6', "falcon_silent"),
     ("F.softmax(scores + mask, dim=-1, dtype=q.dtype)", "F.softmax(scores * mask.exp(), dim=-1)", "falcon_sequential"),
     ("if not c.alibi:\n        cos", "if True:\n        cos", "falcon_alibi_parallel"),
 ]

@@ -87,7 +87,7 @@ VARIANTS = {
 
 FAULTS = [
     ("q, k, v = (heads(part", "q, v, k = (heads(part", "gpt2"),
-    ('keys.number("layer_norm_epsilon", 1e-5)', "1e-5", "gpt2_untied"),
+    ('keys.number("layer_norm_epsilon", 1e-5, least=0)', "1e-5", "gpt2_untied"),
     ("scale / float(layer + 1)", "scale / float(layer + 2)", "gpt2_by_layer"),
     ("F.embedding(batch.positions, w.positions)", "F.embedding(batch.positions + 1, w.positions)", "gpt2_relu"),
     (

@@ -90,7 +90,7 @@ VARIANTS = {
 }
 
 FAULTS = [
-    ('keys.number("rms_norm_eps", 1e-6)', "1e-5", "llama"),
+    ('keys.number("rms_norm_eps", 1e-6, least=0)', "1e-5", "llama"),
     ("mul_(linear(m, w.up, w.up_bias))", "mul_(linear(m, w.up))", "llama_mlp_bias"),
     ("rms_norm(m, w.mlp_norm, c.eps)", "rms_norm(m, w.attn_norm, c.eps)", "llama_gqa"),
     ("scale=c.head_dim**-0.5", "scale=c.hidden**-0.5", "llama_head_dim"),

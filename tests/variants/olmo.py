@@ -76,7 +76,7 @@ FAULTS: list[tuple[str, str, str]] = [
     ),
     ("x.clamp_(-c.clip, c.clip)", "x.clamp_(max=c.clip)", "olmo_gelu"),
     (
-        "return layer_norm(x.float(), None, None, c.eps).to(x.dtype)",
+        "return by_parts(lambda x: layer_norm(x.float(), None, None, c.eps).to(x.dtype), x)",
         "return llama.rms_norm(x, torch.ones_like(x[0]), c.eps)",
         "olmo_silent",
     ),

@@ -94,7 +94,7 @@ VARIANTS = {
 
 FAULTS: list[tuple[str, str, str]] = [
     ('"original_max_position_embeddings": 4096, **', "**", "phi3_silent"),
-    ('keys.number("rms_norm_eps", 1e-5)', 'keys.number("rms_norm_eps", 1e-6)', "phi3_silent"),
+    ('"rms_norm_eps", 1e-5', '"rms_norm_eps", 1e-6', "phi3_silent"),
     ('if kind in ("su", "yarn") else scaled', "if False else scaled", "phi3_yarn"),
     ("qkv[:, : c.heads]", "qkv[:, -c.heads :]", "phi3"),
     ("w.mlp_norm, c.eps", "w.attn_norm, c.eps", "phi3"),

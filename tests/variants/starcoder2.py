@@ -78,8 +78,8 @@ VARIANTS = {
 }
 
 FAULTS: list[tuple[str, str, str]] = [
-    ('keys.number("norm_epsilon", 1e-5)', 'keys.number("rms_norm_eps", 1e-5)', "starcoder2"),
-    ('keys.number("norm_epsilon", 1e-5)', 'keys.number("norm_epsilon", 1e-6)', "starcoder2_silent"),
+    ('"norm_epsilon", 1e-5', '"rms_norm_eps", 1e-5', "starcoder2"),
+    ('"norm_epsilon", 1e-5', '"norm_epsilon", 1e-6', "starcoder2_silent"),
     ('keys.size("num_key_value_heads", 2)', 'keys.size("num_key_value_heads", 6)', "starcoder2_silent"),
     ('keys.optional("sliding_window")', 'keys.optional("sliding_window", 8)', "starcoder2_silent"),
     ('"gelu_pytorch_tanh", ACTIVATIONS', '"gelu", ACTIVATIONS', "starcoder2_silent"),
