@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: demo test check format test-gpu test-full test-trained faults bench bench-peers clean
+.PHONY: demo test check format test-gpu test-full test-trained faults seeded-faults bench bench-peers clean
 
 demo: $(VENV)/demo
 	$(BIN)/fpwap demo
@@ -34,8 +34,10 @@ test-trained: $(VENV)/dev  # needs the network, gguf and 2 GB: checkpoints with 
 	$(BIN)/python tools/trained_checkpoints.py build/trained
 	FPWAP_TRAINED=build/trained $(PYTEST) -m trained tests/test_trained.py
 
-faults: $(VENV)/dev  # long: kills, full disks and power cuts at every call; then single faults put into the families
+faults: $(VENV)/dev  # 40 minutes: kills, full disks and power cuts at every call that changes a run's folder
 	$(PYTEST) -m faults -n 2 tests/faults
+
+seeded-faults: $(VENV)/dev  # 40 minutes: single faults put into the families, each of which the suite must see
 	$(BIN)/python tools/seeded_faults.py
 
 bench: $(VENV)/dev build/peers/done build/bench/S  # a small model through every contender; tools/bench has the others

@@ -30,8 +30,8 @@ from .callbacks.base import Callback
 from .costs import Way
 from .errors import StoreError
 from .files import File, bytes_of, sync_folder
-from .folder import COMMITS
-from .journal import BEGIN_AGAIN, Journal
+from .folder import BEGIN_AGAIN, COMMITS
+from .journal import Journal
 from .residual import Residual
 from .schedule import START, Point, Step
 from .slots import Saved
@@ -90,7 +90,7 @@ class Commits:
         self._number, self._told = len(journal.records), 0
         self._cost, self._since = expected_s, clock()
         self._last: Future[None] | None = None
-        self._off = False
+        self._off = self._asked = False
 
     # --- going on ---
 
@@ -111,6 +111,9 @@ class Commits:
     # --- committing ---
 
     def after(self, step: Step, ahead: int) -> None:
+        if not self._asked:
+            self._asked = True
+            self._taps.state(partial(_plain, keep=lambda tensor: None))  # what cannot be kept is said now, not in hours
         turned = step.last and self._way.tier == "disk" and not self._way.one_visit
         if not self._off and (turned or self._due()) and self._resumable():
             self._commit(step.after, ahead, turned=turned)
@@ -145,19 +148,22 @@ class Commits:
         self._flush()
         self._number += 1
         state = _StateFile(self._journal.folder / COMMITS / f"{self._number:06}.state")
-        done = self._store.done(self._told)
-        self._told += len(done)
-        record: dict[str, Any] = {"point": list(point), "done": done}
-        if self._number == 1:
-            record["way"] = self._way.to_json()
-        with closing(state):
+        try:
+            done = self._store.done(self._told)
+            self._told += len(done)
+            record: dict[str, Any] = {"point": list(point), "done": done}
+            if self._number == 1:
+                record["way"] = self._way.to_json()
             record["outputs"] = self._store.state(state.put)
             record["taps"] = self._taps.state(partial(_plain, keep=state.put))
-        needed = point.group or point.done  # else the embedding makes it anew
-        saving = self._residual.save(ahead) if needed and not self._way.one_visit else None
+            needed = point.group or point.done  # else the embedding makes it anew
+            saving = self._residual.save(ahead) if needed and not self._way.one_visit else None
+        except BaseException:
+            state.file.close()
+            raise
         self._since = self._clock()
         self._cost = self._since - started
-        self._last = self._store.save(partial(self._record, record, state, saving))
+        self._last = self._store.save(partial(self._record, record, state, saving), state.file)
         if turned:
             self._residual.hold(self._last)
 
@@ -184,7 +190,7 @@ class _StateFile:
     """Tensors one after the other in a file; what `put` returns says where, for `read`."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self._file = path, File.made(path, 0)
+        self.path, self.file = path, File.made(path, 0)
         self._at, self._digest = 0, xxh3_128()
 
     def put(self, tensor: Tensor) -> dict[str, Any]:
@@ -192,19 +198,15 @@ class _StateFile:
         data = bytes_of(tensor.detach().cpu())
         where = {_TENSOR: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), self._at]}
         for part in (data, memoryview(bytes(-data.nbytes % ALIGNED))):
-            self._file.write(part, self._at)
+            self.file.write(part, self._at)
             self._digest.update(part)
             self._at += part.nbytes
         return where
 
-    def close(self) -> None:
-        """Nothing more is put."""
-        self._file.close()
-
     def finish(self) -> dict[str, Any]:
-        """All of it is on the disk: its name, size and digest."""
-        with closing(File.found(self.path, self._at)) as file:
-            file.sync()
+        """All of it is on the disk, and nothing more is put: its name, size and digest."""
+        with closing(self.file):
+            self.file.sync()
         sync_folder(self.path.parent)
         name = f"{COMMITS}/{self.path.name}"
         return {"file": name, "bytes": self._at, "digest": self._digest.hexdigest()}
@@ -237,6 +239,8 @@ def _plain(state: Any, keep: Callable[[Tensor], Any]) -> Any:
             return {name: _plain(value, keep) for name, value in state.items()}
         case list() | tuple():
             return [_plain(value, keep) for value in state]
+        case np.generic():
+            return _plain(state.item(), keep)
         case None | bool() | int() | float() | str():
             return state
     raise TypeError(f"a state is tensors and JSON, not {type(state).__name__}")

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import socket
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,7 @@ from archs.contract import MODEL_HOOKS
 
 from .errors import StoreError, reported
 from .files import PARTIAL, as_json, put, sealed, sync_folder
-from .folder import COMMITS, FORMAT, FORMAT_VERSION, LOCK, MANIFEST, REQUEST, SCRATCH
+from .folder import BEGIN_AGAIN, COMMITS, FORMAT, FORMAT_VERSION, LOCK, MANIFEST, REQUEST, SCRATCH
 
 Resume = Literal["auto", "never", "require"]
 """What becomes of an unfinished run of the same identity: it is gone on with; begun again; there has to be one."""
@@ -54,7 +55,8 @@ class Journal:
         self.finished = False
         self.records: list[dict[str, Any]] = []
         self._begun = self._made = False
-        self._lock = -1
+        self._above: list[Path] = []
+        self._lock, self._ours = -1, threading.Lock()
         self._last = ""
 
     @classmethod
@@ -77,6 +79,7 @@ class Journal:
             journal._made = not folder.exists()
             if not journal._made and not folder.is_dir():
                 raise StoreError(f"{folder} is a file; out= names a folder")
+            journal._above = [folder.parent, *(path.parent for path in folder.parents if not path.exists())]
             folder.mkdir(parents=True, exist_ok=True)
         try:
             journal._hold()
@@ -101,7 +104,8 @@ class Journal:
             if not self.records:
                 record = {"format": FORMAT, "format_version": FORMAT_VERSION, "identity": self.identity}
                 put(self.folder / REQUEST, as_json(record | ({"command": command} if command else {})))
-                sync_folder(self.folder.parent)
+                for path in self._above:
+                    sync_folder(path)
             for name in (SCRATCH, COMMITS):
                 (self.folder / name).mkdir(exist_ok=True)
                 sync_folder((self.folder / name).parent)
@@ -111,13 +115,17 @@ class Journal:
         """One more commit record, durable when this returns.
 
         record: JSON with "open", the files of which it depends on the contents, and "done", those that have got their
-        final names since the record before; each {"file", "bytes"}, all of them durable.
+        final names since the record before; each {"file", "bytes"}, all of them durable. Called by a thread, which may
+        outlive an end that was hurried: raises `StoreError` once the journal is closed.
         """
-        body = {"number": len(self.records) + 1, "before": self._last, **record}
-        raw = sealed(body)
-        put(self.folder / COMMITS / f"{body['number']:06}.json", raw)
-        self.records.append(json.loads(bytes(raw)))
-        self._last = self.records[-1]["digest"]
+        with self._ours:
+            if self._lock < 0:
+                raise StoreError(f"{self.folder} is not this run's any more")
+            body = {"number": len(self.records) + 1, "before": self._last, **record}
+            raw = sealed(body)
+            put(self.folder / COMMITS / f"{body['number']:06}.json", raw)
+            self.records.append(json.loads(bytes(raw)))
+            self._last = self.records[-1]["digest"]
 
     def forget(self) -> None:
         """The run can only be begun again: its records are removed, the first one first."""
@@ -129,12 +137,13 @@ class Journal:
 
     def close(self) -> None:
         """The folder is anybody's. May be called twice; a run that never began leaves nothing."""
-        if self._lock >= 0:
-            lock, self._lock = self._lock, -1
-            with contextlib.suppress(OSError):
-                if _same(self.folder / LOCK, lock):
-                    (self.folder / LOCK).unlink()
-            os.close(lock)
+        with self._ours:
+            if self._lock >= 0:
+                lock, self._lock = self._lock, -1
+                with contextlib.suppress(OSError):
+                    if _same(self.folder / LOCK, lock):
+                        (self.folder / LOCK).unlink()
+                os.close(lock)
         if self._made and not self._begun:
             with contextlib.suppress(OSError):
                 self.folder.rmdir()
@@ -163,6 +172,7 @@ class Journal:
                 if _same(path, self._lock):
                     break
                 os.close(self._lock)  # the one who had it took it away meanwhile
+                self._lock = -1
             words = as_json({"pid": os.getpid(), "host": socket.gethostname()})
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, words, 0)
@@ -243,9 +253,11 @@ def tidy(folder: Path) -> None:
     if not ((folder / SCRATCH).exists() or (folder / LOCK).exists()):
         return
     with contextlib.suppress(OSError):
-        for name in [name for name in _names(folder) if name.startswith(f"{SCRATCH}/") or name == LOCK]:
-            if _OURS.fullmatch(name) and (name != LOCK or not _alive(_holder(folder / LOCK))):
-                (folder / name).unlink(missing_ok=True)
+        for path in list(_files(folder, begun=True)):
+            name = path.relative_to(folder).as_posix()
+            left = name.startswith(f"{SCRATCH}/") and _OURS.fullmatch(name) and path.is_file() and not path.is_symlink()
+            if left or (name == LOCK and not _alive(_holder(path))):
+                path.unlink(missing_ok=True)
         for name in (COMMITS, SCRATCH):
             if (folder / name).is_dir():
                 (folder / name).rmdir()
@@ -314,9 +326,6 @@ def _record(path: Path, number: int, before: str) -> dict[str, Any]:
     return found
 
 
-BEGIN_AGAIN = "resume='never' begins the run again"
-
-
 def _check(path: Path, size: int) -> None:
     """That a committed file is there and has its size."""
     if not path.is_file() or path.is_symlink():
@@ -361,9 +370,8 @@ def _same(path: Path, descriptor: int) -> bool:
 # --- removing -------------------------------------------------------------------------------------------------------
 
 
-def _names(folder: Path) -> Iterator[str]:
-    """Every name in a run folder that may be ours, ``activations/...`` and so on. Raises `StoreError` at another's."""
-    begun = (folder / REQUEST).exists()
+def _files(folder: Path, *, begun: bool) -> Iterator[Path]:
+    """What lies in a run folder, and in the folders of a run that has begun there."""
 
     def look(path: Path) -> Iterator[Path]:
         name = path.relative_to(folder).as_posix()
@@ -373,11 +381,19 @@ def _names(folder: Path) -> Iterator[str]:
         else:
             yield path
 
-    for path in (found for top in sorted(folder.iterdir()) for found in look(top)):
+    for top in sorted(folder.iterdir()):
+        yield from look(top)
+
+
+def _names(folder: Path) -> Iterator[str]:
+    """Every name in a run folder that may be ours, ``activations/...`` and so on. Raises `StoreError` at another's."""
+    begun = (folder / REQUEST).exists()
+    for path in _files(folder, begun=begun):
         name = path.relative_to(folder).as_posix()
         ours = _OURS.fullmatch(name) if begun else name in (LOCK, REQUEST + PARTIAL)
         if not ours or path.is_symlink() or not path.is_file():
-            raise StoreError(f"{folder} holds {name!r}, which no run of fpwap left there; give another out=")
+            advice = "move it away" if begun else "give another out="
+            raise StoreError(f"{folder} holds {name!r}, which no run of fpwap left there; {advice}")
         yield name
 
 

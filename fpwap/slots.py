@@ -20,6 +20,7 @@ from xxhash import xxh3_128, xxh3_128_digest, xxh3_128_hexdigest
 from .device import Device, Event, Room
 from .errors import StoreError
 from .files import File, bytes_of, sync_folder
+from .folder import BEGIN_AGAIN
 from .interrupt import Check, patiently
 
 PIECE = 1 << 24
@@ -64,7 +65,7 @@ def read_back(
         yield slice(start, stop), block, own
         start = stop
     if digest.hexdigest() != words["digest"]:
-        raise StoreError(f"{WHAT}{file.path} is not what the run wrote: its digest differs")
+        raise StoreError(f"{WHAT}{file.path} is not what the run wrote: its digest differs; {BEGIN_AGAIN}")
 
 
 class Copies:

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 GRACE = 2.0
 """Seconds that a store which is closed waits for the disk."""
+WAITING = 32
+"""Files that wait for the disk at most: each holds a descriptor."""
 Tensors = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """Tensor name -> dtype and shape, of one safetensors file."""
 
@@ -165,8 +167,9 @@ class _Output:
 
     def assemble(self) -> None:
         """What was put together in RAM goes into the file; rows that have not come yet are anything."""
-        if self.assembled is not None:
-            self.file.write(self.assembled.reshape(-1).data, self.start)
+        assembled = self.assembled  # another thread may be done with it
+        if assembled is not None:
+            self.file.write(assembled.reshape(-1).data, self.start)
 
 
 class Store:
@@ -301,7 +304,7 @@ class Store:
         Raises `StoreError` where a prompt is missing, and then nothing is committed; or what an earlier commit failed
         with.
         """
-        self.settle(most=1)
+        self._settle_some()
         done = {record: output for record, output in self._outputs.items() if record.site in sites}
         for record, output in done.items():
             missing = np.flatnonzero(output.times == 0)
@@ -311,6 +314,7 @@ class Store:
         for record, output in done.items():
             output.assemble()
             self._ram += 0 if output.assembled is None else output.assembled.nbytes
+            output.assembled = None
             del self._outputs[record]
             size, digest = output.file.needed, xxh3_128_hexdigest(output.digests.data)
             rows = int(self._first_row[record.per][-1])
@@ -337,24 +341,34 @@ class Store:
         self._publishing.append((files, self._publisher.submit(in_order)))
         return self._publishing[-1][1]
 
-    @staticmethod
-    def _publish(files: Sequence[File]) -> None:
+    def _publish(self, files: Sequence[File]) -> None:
         for file in files:
             file.sync()
             file.close()
+            if self._failed is not None:  # the store was closed meanwhile: the folder may be another run's by now
+                raise self._failed
             with reported(file.path):
                 os.rename(file.path, file.path.with_suffix(""))
         for folder in {file.path.parent for file in files}:
             sync_folder(folder)
 
-    def settle(self, *, most: int = 0) -> None:
-        """What was committed is on disk under its name, but for the ``most`` last commits. Raises `StoreError`.
+    def settle(self) -> None:
+        """What was committed is on disk under its name. Raises `StoreError`."""
+        while self._publishing:
+            self._settle_first()
 
-        Files that wait hold a descriptor each, so a slow disk must not let them pile up.
+    def _settle_some(self) -> None:
+        """So that files do not pile up where the disk is slow, and what failed is heard. Nobody waits for what `save`
+        has to do, which may be much.
         """
-        while len(self._publishing) > most:
-            patiently(self._publishing[0][1], self._check)
-            self._publishing.popleft()
+        while self._publishing and (
+            self._publishing[0][1].done() or sum(len(files) for files, _ in self._publishing) > WAITING
+        ):
+            self._settle_first()
+
+    def _settle_first(self) -> None:
+        patiently(self._publishing[0][1], self._check)
+        self._publishing.popleft()
 
     # --- for a run that goes on later ---
 
@@ -395,11 +409,11 @@ class Store:
             found[record.file] = record
         return found
 
-    def save(self, afterwards: Callable[[], None]) -> "Future[None]":
+    def save(self, afterwards: Callable[[], None], file: File) -> "Future[None]":
         """Later all that was written up to now is on the disk, and then ``afterwards`` is called.
 
         On the thread on which files get their names, behind those that were committed before. What it raises comes out
-        of the next `settle` too.
+        of the next `settle` too. file: is closed at the latest when the store is.
         """
         outputs = list(self._outputs.values())
 
@@ -410,7 +424,7 @@ class Store:
             sync_folder(self._folder / "activations")
             afterwards()
 
-        return self._later((), save)
+        return self._later((file,), save)
 
     def finish(self, manifest: Mapping[str, Any], ids: np.ndarray) -> None:
         """Write the prompts and, last, the manifest: from now on the folder is a result.
@@ -442,16 +456,22 @@ class Store:
         self._put(MANIFEST, sealed({**own, **manifest, **written}))
 
     def close(self) -> None:
-        """Let go of all files, finished or not; may be called again. What was committed yet gets its name, in time."""
-        wait([future for _, future in self._publishing], GRACE)
-        self._publisher.shutdown(wait=True, cancel_futures=True)
-        for files, _ in self._publishing:
-            for file in files:
-                file.close()
-        self._publishing.clear()
-        for output in self._outputs.values():
-            output.file.close()
-        self._outputs.clear()
+        """Let go of all files, finished or not; may be called again. What was committed yet gets its name, in time.
+
+        If it is interrupted, what is under way for the disk still ends, but changes no name any more.
+        """
+        try:
+            wait([future for _, future in self._publishing], GRACE)
+            self._publisher.shutdown(wait=True, cancel_futures=True)
+        finally:
+            self._failed = self._failed or StoreError(f"{self._folder}: the run was interrupted while it was closed")
+            for files, _ in self._publishing:
+                for file in files:
+                    file.close()
+            self._publishing.clear()
+            for output in self._outputs.values():
+                output.file.close()
+            self._outputs.clear()
 
 
 def _listing(entry: Mapping[str, Any]) -> dict[str, Any]:

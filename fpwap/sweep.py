@@ -29,7 +29,7 @@ from .costs import Way
 from .device import Device, open_device
 from .engine import Parts, sweep
 from .errors import RequestError, StoreError
-from .folder import PROFILE, SCRATCH
+from .folder import BEGIN_AGAIN, PROFILE, SCRATCH
 from .interrupt import Interruptible
 from .journal import Journal, Resume, is_finished
 from .machine import kept_pages, many_files
@@ -293,25 +293,30 @@ class Sweep:
             for callback in self._callbacks:
                 with recorder.span("callback"), Blame(callback, "on_sweep_start"):
                     callback.on_sweep_start(ready.context)
-            lasting = self._out is not None and self._is_lasting(ready, own)
+            lasting = self._out is not None and self._is_lasting(held, ready, own)
             with recorder.span("commit"):
                 held.begin(command)
             try:
                 self._sweep(held, ready, own, device, recorder, watcher, stop, lasting=lasting)
             except StoreError as error:
-                raise _advised(error, held) from error.__cause__
+                error.args = (_advised(error, held),)
+                raise
         for callback in self._callbacks:  # the result is complete, whatever happens here
             with Blame(callback, "on_sweep_end"):
                 callback.on_sweep_end()
 
-    def _is_lasting(self, ready: Prepared, own: dict[str, Any]) -> bool:
-        """Whether the run can be gone on with if it is interrupted; says so if a callback is why it cannot."""
+    def _is_lasting(self, held: Journal, ready: Prepared, own: dict[str, Any]) -> bool:
+        """Whether the run can be gone on with if it is interrupted; says so if a callback is why it cannot.
+
+        A run that goes on does not give up what is committed because the disk has less room by now.
+        """
         asked = (unresumable(callback, ready.context) for callback in self._callbacks)
         reasons = [reason for reason in asked if reason is not None]
         reasons += [reason] if (reason := identity.opaque(own)) is not None else []
         for reason in reasons[:1]:
             warnings.warn(f"this run cannot be gone on with if it is interrupted: {reason}", stacklevel=4)
-        return not reasons and self._why_whole(own) is None and ready.plan.unsaved is None
+        room = bool(held.records) or ready.plan.unsaved is None
+        return not reasons and self._why_whole(own) is None and room
 
     def _why_whole(self, own: dict[str, Any]) -> str | None:
         """Why this request is always run from its beginning to its end, in words; None if it may go on."""
@@ -430,15 +435,15 @@ class Sweep:
                 learn(plan, profile)
 
 
-def _advised(error: StoreError, held: Journal) -> StoreError:
-    """The same, with what is left of the run."""
-    if not held.records:
-        return error
+def _advised(error: StoreError, held: Journal) -> str:
+    """What it says, and what is left of the run, unless that is what is damaged."""
+    if not held.records or BEGIN_AGAIN in str(error):
+        return str(error)
     _, group, done = held.records[-1]["point"]
     groups = Way.from_json(held.records[0]["way"]).schedule.groups
     layers = [stage.label for stages in groups[:group] for stage in stages if stage.kind == "layer"]
     words = f"up to {f'layer {layers[-1]}' if layers else f'{done} microbatches of the first layers'}"
-    return StoreError(f"{error}; what is committed, {words}, is kept: run again to go on from there")
+    return f"{error}; what is committed, {words}, is kept: run again to go on from there"
 
 
 def _by_rows(ready: Prepared) -> tuple[TokenTable, NDArray[np.int64] | None]:

@@ -79,7 +79,7 @@ def test_an_error_in_any_stage_comes_out_as_it_was_raised(
     with pytest.MonkeyPatch.context() as patch:
         if late:
             patch.setattr("fpwap.sweep.open_device", lambda asked: Late(0))
-        patch.setattr(owner, name, staticmethod(failing) if name == "_publish" else failing)
+        patch.setattr(owner, name, failing)
         with pytest.raises(Exception, match="injected") as caught:
             sweep(folder, tmp_path / "out", **request)
     assert time.monotonic() - began < 5
@@ -88,7 +88,7 @@ def test_an_error_in_any_stage_comes_out_as_it_was_raised(
     assert content(sweep(folder, tmp_path / "out", **request)) == content(sweep(folder, tmp_path / "whole", **request))
     with pytest.MonkeyPatch.context() as patch:
         calls = iter(range(10**6))
-        patch.setattr(owner, name, staticmethod(failing) if name == "_publish" else failing)
+        patch.setattr(owner, name, failing)
         if not late and where not in ("records", "state", "copies of rows"):  # a temporary run commits nothing
             with pytest.raises(Exception, match="injected"):
                 sweep(folder, None, **request)  # type: ignore[arg-type]

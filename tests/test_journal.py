@@ -1,6 +1,7 @@
 """The journal: whose a folder is, what is kept of an unfinished run, and what is refused."""
 
 import errno
+import fcntl
 import json
 import os
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from test_store import FLAT, LENGTHS, POOLED, complete, finish
 
 from fpwap.callbacks.base import LayerArtifact
 from fpwap.errors import StoreError
-from fpwap.journal import Journal, difference
+from fpwap.journal import Journal, difference, tidy
 from fpwap.store import Store
 
 IDENTITY = {"model": {"id": "m", "shards": [1, 2]}, "callbacks": [{"name": "A"}, {"name": "B"}], "seq_len": None}
@@ -62,6 +63,55 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="out is a file; out= names a folder"):
         claim(tmp_path / "out", IDENTITY)
     assert (tmp_path / "out").read_bytes() == b"mine"
+
+
+def test_a_thread_that_outlives_the_run_writes_no_record(tmp_path: Path) -> None:
+    with Journal.open(tmp_path / "out", IDENTITY) as held:
+        held.begin()
+        held.append({"open": [], "done": []})
+    before = listing(tmp_path)
+    with pytest.raises(StoreError, match="is not this run's any more"):
+        held.append({"open": [], "done": []})
+    assert listing(tmp_path) == before
+
+
+def test_a_folder_that_vanishes_while_it_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever made it and never began takes it away again, lock and all."""
+    folder, plain, closed = tmp_path / "out", fcntl.flock, list[int]()
+    folder.mkdir()
+
+    def flock(descriptor: int, how: int) -> None:
+        plain(descriptor, how)
+        (folder / "run.lock").unlink()
+        folder.rmdir()
+
+    def close(descriptor: int, plain: Callable[[int], None] = os.close) -> None:
+        closed.append(descriptor)
+        plain(descriptor)
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    monkeypatch.setattr("os.close", close)
+    with pytest.raises(StoreError, match="No such file"):
+        Journal.open(folder, IDENTITY)
+    assert len(closed) == 1
+
+
+def test_folders_that_were_made_for_it_have_names_that_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = list[Path]()
+    monkeypatch.setattr("fpwap.journal.sync_folder", synced.append)
+    claim(tmp_path / "a" / "b" / "c", IDENTITY)
+    assert {tmp_path, tmp_path / "a", tmp_path / "a" / "b"} <= set(synced)
+
+
+def test_a_foreign_file_is_no_reason_to_keep_what_is_left_over(tmp_path: Path) -> None:
+    assert claim(tmp_path, IDENTITY) == "new"
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(StoreError, match=r"holds 'notes.txt', which no run of fpwap left there; move it away"):
+        claim(tmp_path, IDENTITY)
+    (tmp_path / "scratch" / "residual.a").write_bytes(b"x")
+    (tmp_path / "scratch" / "theirs").write_text("mine")
+    tidy(tmp_path)
+    assert listing(tmp_path) == ["notes.txt", "run.json", "scratch", "scratch/theirs"]
 
 
 def test_an_interrupted_run_is_begun_again(tmp_path: Path) -> None:

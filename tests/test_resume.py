@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import Variant, write
@@ -24,7 +25,7 @@ from fpwap import Callback, Result, Sweep, commits, engine
 from fpwap.callbacks.base import LayerArtifact
 from fpwap.callbacks.common import RawActivations
 from fpwap.costs import Way
-from fpwap.errors import RequestError, StoreError
+from fpwap.errors import CallbackError, RequestError, StoreError
 from fpwap.plan import Plan, make_plan
 from fpwap.schedule import Point, Schedule, Stage, Step, group_stages
 
@@ -366,6 +367,70 @@ def test_a_run_that_is_begun_again_is_of_the_environment_that_it_is_run_in(
     Result.open(out).verify()
 
 
+@pytest.mark.parametrize("way", ["ram", "disk"])
+def test_what_is_committed_is_not_given_up_for_want_of_room(
+    way: str, checkpoint: Checkpoint, tmp_path: Path, eager: None, cut: Callable[[int | None], list[int]]
+) -> None:
+    """The disk has room for the run by now, and none for commits."""
+    folder, out = checkpoint("llama"), tmp_path / "out"
+    request: dict[str, Any] = {"loading": "stream", "residual": way, "layers_per_visit": 1}
+    interrupted(folder, out, cut, 10, **request)
+    before = len(records(out))
+    asked: dict[str, Any] = {"dtype": "float32", **STEP, **request}
+    plan = Sweep(folder, dataset(), None, callbacks(folder), out=out, **asked).preflight()
+    less: dict[str, Any] = {**request, "disk": plan.disk_bytes + 1000}
+    tight = Sweep(folder, dataset(), None, callbacks(folder), out=out, **asked | less).preflight()
+    assert tight.feasible and tight.unsaved is not None
+    interrupted(folder, out, cut, 2, **less)
+    assert len(records(out)) >= before > 0
+    done = cut(None)
+    sweep(folder, out, **request)
+    assert len(done) < 16
+
+
+@pytest.mark.parametrize("way", ["ram", "disk"])
+def test_damage_is_advised_upon_as_what_it_is(
+    way: str, checkpoint: Checkpoint, tmp_path: Path, eager: None, cut: Callable[[int | None], list[int]]
+) -> None:
+    folder, out = checkpoint("llama"), tmp_path / "out"
+    request: dict[str, Any] = {"loading": "stream", "residual": way, "layers_per_visit": 1}
+    interrupted(folder, out, cut, 10, **request)
+    for path in out.glob("scratch/residual.*"):
+        raw = bytearray(path.read_bytes())
+        raw[50] ^= 1
+        path.write_bytes(raw)
+    for _ in range(2):
+        with pytest.raises(StoreError, match=r"its digest differs; resume='never' begins the run again$") as caught:
+            sweep(folder, out, **request)
+        assert any(frame.name == "read_back" for frame in caught.traceback)
+    sweep(folder, out, resume="never", **request)
+
+
+class SaysInNumpy(Says):
+    def state_dict(self, layer: int | None, hook: str) -> dict[str, Any]:
+        return {"seen": [np.int64(sample) for sample in self._seen]}
+
+
+class SaysASet(Says):
+    def state_dict(self, layer: int | None, hook: str) -> dict[str, Any]:
+        return {"seen": set(self._seen)}
+
+
+def test_a_state_may_hold_scalars_of_numpy_and_what_it_may_not_hold_is_said_at_once(
+    checkpoint: Checkpoint, tmp_path: Path, eager: None, cut: Callable[[int | None], list[int]]
+) -> None:
+    folder = checkpoint("llama")
+    whole = content(sweep(folder, tmp_path / "whole", callbacks=[SaysInNumpy()]))
+    interrupted(folder, tmp_path / "one", cut, 2, callbacks=[SaysInNumpy()])
+    assert content(sweep(folder, tmp_path / "one", callbacks=[SaysInNumpy()])) == whole
+    done = cut(None)
+    with pytest.MonkeyPatch.context() as never:
+        never.setattr(commits.Commits, "_due", lambda self: False)
+        with pytest.raises(CallbackError, match="a state is tensors and JSON, not set"):
+            sweep(folder, tmp_path / "two", callbacks=[SaysASet()], residual="ram")
+    assert len(done) == 1
+
+
 class Parts:
     """What `Commits` speaks to, of a run in which nothing lies on a disk; a commit costs ``seconds``."""
 
@@ -380,7 +445,7 @@ class Parts:
         self.at.append(self.now)
         self.now += self.seconds
 
-    def save(self, job: Any) -> Future[None]:
+    def save(self, job: Any, file: Any) -> Future[None]:
         done: Future[None] = Future()
         done.set_result(None)
         return done

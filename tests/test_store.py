@@ -22,6 +22,7 @@ from xxhash import xxh3_128
 
 from fpwap.callbacks.base import LayerArtifact
 from fpwap.errors import CallbackError, StoreError
+from fpwap.files import File
 from fpwap.store import Record, Store, layout
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.int64, torch.bool]
@@ -407,6 +408,7 @@ def test_a_commit_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest
 
 def test_a_slow_disk_lets_no_commits_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each waiting file holds a descriptor; here the disk begins no sync before three commits have been asked for."""
+    monkeypatch.setattr("fpwap.store.WAITING", 1)
     store, asked, waiting = Store.open(tmp_path, LENGTHS), threading.Semaphore(0), []
 
     def fsync(fd: int, real: Callable[[int], None] = os.fsync) -> None:
@@ -425,6 +427,56 @@ def test_a_slow_disk_lets_no_commits_pile_up(tmp_path: Path, monkeypatch: pytest
         asked.release()
     store.settle()
     store.close()
+
+
+def test_a_commit_does_not_wait_for_what_is_saved(tmp_path: Path) -> None:
+    """A residual stream may take minutes to reach the disk, and no layer's end has to wait for that."""
+    gate = threading.Event()
+
+    def check() -> None:
+        assert gate.is_set() or not store._publishing or store._publishing[0][1].done(), "it has waited"
+
+    store = Store.open(tmp_path, LENGTHS, check=check)
+
+    def afterwards() -> None:
+        assert gate.wait(60)
+
+    store.save(afterwards, File.made(tmp_path / "state", 0))
+    outputs = [Record(layer, "residual_post", None, "prompt", (4,), torch.bfloat16) for layer in range(3)]
+    for layer, output in enumerate(outputs):
+        store.artifact(layer, "residual_post", LayerArtifact("basis", {}))
+        complete(store, output)
+    assert not any((tmp_path / output.file).exists() for output in outputs)
+    gate.set()
+    store.settle()
+    assert all((tmp_path / output.file).exists() for output in outputs)
+    store.close()
+
+
+def test_a_close_that_is_interrupted_changes_no_name_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks twice does not wait for the disk, and the folder may be another run's when it answers."""
+    store, entered, gate = Store.open(tmp_path, LENGTHS), threading.Event(), threading.Event()
+    pool = store._publisher
+
+    def fdatasync(fd: int) -> None:
+        entered.set()
+        assert gate.wait(60)
+
+    def shutdown(**how: bool) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    monkeypatch.setattr("fpwap.store.GRACE", 0.0)
+    complete(store, POOLED)
+    assert entered.wait(60)
+    with monkeypatch.context() as twice:
+        twice.setattr(pool, "shutdown", shutdown)
+        with pytest.raises(KeyboardInterrupt):
+            store.close()
+    gate.set()
+    pool.shutdown(wait=True)
+    assert (tmp_path / f"{POOLED.file}.partial").exists()
+    assert not (tmp_path / POOLED.file).exists()
 
 
 # --- what a disk does -----------------------------------------------------------------------------------------------

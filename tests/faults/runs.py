@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from checkpoints import Variant, write
 
-from fpwap import Callback, Result, Sweep, commits, residual, store
+from fpwap import Callback, Result, Sweep, commits, files, residual, store
 from fpwap.callbacks.common import DiffOfMeans, IncrementalPCA, RawActivations
 from fpwap.errors import FpwapError, StoreError
 
@@ -119,9 +119,9 @@ def commit_before_data() -> None:
     """A record is written before what it speaks of."""
     plain = store.Store.save
 
-    def save(self: store.Store, afterwards: Callable[[], None]) -> Any:
+    def save(self: store.Store, afterwards: Callable[[], None], file: files.File) -> Any:
         afterwards()
-        return plain(self, lambda: None)
+        return plain(self, lambda: None, file)
 
     store.Store.save = save  # type: ignore[method-assign]
 

@@ -87,7 +87,11 @@ VARIANTS = {
 FAULTS: list[tuple[str, str, str]] = [
     ("KINDS[layer % 2]", "KINDS[1 - layer % 2]", "gemma2_published"),
     ("window if kind", "window + 1 if kind", "gemma2_layer_types"),
-    ('keys.number("query_pre_attn_scalar", above=0) ** -0.5', 'keys.size("head_dim") ** -0.5', "gemma2"),
+    (
+        'keys.number("query_pre_attn_scalar", above=0) ** -0.5',
+        '0 * keys.number("query_pre_attn_scalar") + keys.size("head_dim") ** -0.5',
+        "gemma2",
+    ),
     ("* scale, cap) + mask", "* scale + mask, cap)", "gemma2"),
     ("partial(capped_probabilities, cap=c.attn_cap)", "partial(capped_probabilities, cap=None)", "gemma2"),
     ("w.attn_post_norm, c.eps", "w.mlp_norm, c.eps", "gemma2_no_caps"),
