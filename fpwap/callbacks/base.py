@@ -227,7 +227,8 @@ class Callback(ABC):
     def state_dict(self, layer: int | None, hook: str) -> State:
         """A snapshot of what was gathered at a site: tensors and JSON values, sharing no memory with the callback.
 
-        Tuples come back as lists. Asked between two batches, for every site of a layer that has not ended.
+        Tuples come back as lists, NumPy's scalars as Python's. Asked between two batches, for every site of a layer
+        that has not ended.
         """
         return {}
 
