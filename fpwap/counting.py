@@ -24,7 +24,7 @@ from .errors import CallbackError, RequestError
 from .parcels import Layout, Parcel, Slot
 from .plan import KEPT_ROWS, SPARSE_HEIGHT, Shapes
 from .prompts import TokenTable
-from .recipes import recipe, slices, slot_size, vocabulary, without_experts
+from .recipes import kinds, recipe, slices, slot_size, vocabulary, without_experts
 from .schedule import Stage
 from .sites import Targets, stage_of, where
 from .store import Record
@@ -272,7 +272,7 @@ def _stages(layout: Layout, stages: Sequence[Stage], work: _Work, put: _Put) -> 
     found = {}
     for stage in stages:
         hooks = work.context.family.hooks(work.context.config, stage.layer) if stage.layer is not None else {}
-        key = stage.kind, _signature(layout[stage]), tuple(hooks.items())
+        key = stage.kind, _signature(layout[stage], work.context.dtype, work.context.device), tuple(hooks.items())
         if key not in known:
             known[key] = _stage(layout[stage], stage, work)
         held = {name: getattr(put, name).get(stage, 0) for name in ("states", "pooled", "files")}
@@ -280,10 +280,14 @@ def _stages(layout: Layout, stages: Sequence[Stage], work: _Work, put: _Put) -> 
     return found
 
 
-def _signature(parcel: Parcel) -> frozenset[Any]:
-    """Equal for parcels that take as much memory: kinds and shapes of what is stored, and how many of each."""
-    kinds = ((p.values.dtype, p.values.shape, p.rows) for slot in parcel.slots for p in slot.pieces)
-    return frozenset(Counter(kinds).items())
+def _signature(parcel: Parcel, dtype: torch.dtype, device: torch.device) -> frozenset[Any]:
+    """Equal for parcels that take as much memory: kinds and shapes of what is stored, whether it serves as it lies, and
+    how many of each.
+    """
+    found = (
+        (slot.maps(dtype, device), p.values.dtype, p.values.shape, p.rows) for slot in parcel.slots for p in slot.pieces
+    )
+    return frozenset(Counter(found).items())
 
 
 def _stage(parcel: Parcel, stage: Stage, work: _Work) -> StageCost:
@@ -296,10 +300,10 @@ def _stage(parcel: Parcel, stage: Stage, work: _Work) -> StageCost:
         table = sum(piece.size for field in vocabulary(parcel) for piece in parcel.fields[field].pieces)
         stored -= table - table * rows // work.context.vocab
     experts, apart = parcel.size - parcel.own_size, without_experts(parcel)
-    each = {_signature(one): one for parcels in parcel.experts.values() for one in parcels}
+    each = kinds((one for parcels in parcel.experts.values() for one in parcels), dtype, way)
     if stage.kind == "head":
         experts, apart = stored, Parcel(parcel.weights, {}, {})
-        each = {frozenset(): slices(parcel, dtype, PIECE, PIECE_ROWS)[0]}
+        each = slices(parcel, dtype, PIECE, PIECE_ROWS)[:1]
     return StageCost(
         stored=stored,
         experts=experts,
@@ -308,10 +312,10 @@ def _stage(parcel: Parcel, stage: Stage, work: _Work) -> StageCost:
         mapped=parcel.mapped(dtype, work.context.device, but=vocabulary(parcel) if rows is not None else frozenset()),
         copied=slot_size(parcel, dtype, "map", rows),
         own_copied=slot_size(apart, dtype, "map", rows),
-        expert=2 * max((slot_size(one, dtype, way) for one in each.values()), default=0),
+        expert=2 * max((slot_size(one, dtype, way) for one in each), default=0),
         scratch=recipe(parcel, dtype, way, used).room,
         own_scratch=recipe(apart, dtype, way, used).room,
-        expert_scratch=max((recipe(one, dtype, way).room for one in each.values()), default=0),
+        expert_scratch=max((recipe(one, dtype, way).room for one in each), default=0),
         maths=_maths(parcel, stage, work),
     )
 

@@ -9,10 +9,10 @@ Nothing is read here, no memory is taken, and no thread is known.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -148,6 +148,18 @@ def slot_size(parcel: Parcel, dtype: torch.dtype, way: Way, rows: int | None = N
         elif chosen is not None or not _serves(slot, dtype, way):
             size += _up(own, way)
     return size
+
+
+def kinds(parcels: Iterable[Parcel], dtype: torch.dtype, way: Way) -> list[Parcel]:
+    """One of each kind: others take no more memory, staging buffers included. There may be thousands of experts."""
+    found: dict[tuple[Any, ...], Parcel] = {}
+    for parcel in parcels:
+        kind = tuple(
+            (_serves(slot, dtype, way), *((p.values.dtype, p.values.shape, p.shape, p.rows) for p in slot.pieces))
+            for slot in parcel.slots
+        )
+        found.setdefault(kind, parcel)
+    return list(found.values())
 
 
 def _parts(parcel: Parcel, rows: R | None) -> list[tuple[Slot, R | None]]:

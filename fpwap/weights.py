@@ -41,6 +41,7 @@ from .recipes import (
     Batch,
     Recipe,
     Way,
+    kinds,
     recipe,
     slices,
     slot_size,
@@ -250,11 +251,9 @@ class _Turns:
     ) -> None:
         self._device, self._dtype, self._moved, self._check, self._span = device, dtype, moved, check, span
         self._way: Way = "stage" if device.asynchronous else "slot"
-        alike = {
-            tuple((p.values.dtype, p.shape) for slot in parcel.slots for p in slot.pieces): parcel for parcel in parcels
-        }
-        size = max(slot_size(parcel, dtype, self._way) for parcel in alike.values())
-        room = max(recipe(parcel, dtype, self._way).room for parcel in alike.values())
+        each = kinds(parcels, dtype, self._way)
+        size = max(slot_size(parcel, dtype, self._way) for parcel in each)
+        room = max(recipe(parcel, dtype, self._way).room for parcel in each)
         self._slabs = (_Slab(device, size), _Slab(device, size))
         self._loader = _Loader(shards, device, direct=True, room=room)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fpwap-turns", initializer=_threads(device))

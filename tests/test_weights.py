@@ -376,6 +376,24 @@ def test_every_field_is_what_safetensors_reads(
             held.close()
 
 
+def test_one_expert_that_does_not_lie_as_the_others_do(tmp_path: Path) -> None:
+    """Alike in dtypes and shapes, it alone begins where its bytes cannot serve as they lie, and is staged."""
+    tensors: dict[str, Tensor] = {}
+    for seed, name in enumerate(SHAPES):
+        odd = "experts.0." in name
+        tensors |= {f"spare.before.{seed}": torch.zeros(4, dtype=torch.uint8)} if odd else {}
+        tensors[name] = values(SHAPES[name], seed, torch.float32)
+        tensors |= {f"spare.behind.{seed}": torch.zeros(12, dtype=torch.uint8)} if odd else {}
+    shard(tensors, tmp_path, lambda name: 1, lambda number: 0)
+    (length,) = struct.unpack("<Q", (tmp_path / "part-1.safetensors").read_bytes()[:8])
+    shard(tensors, tmp_path, lambda name: 1, lambda number: -(8 + length) % 16)
+    held = opened(tmp_path, Cpu(), streamed=frozenset({Stage("layer", 1)}), dtype=torch.float32)
+    try:
+        sweep(held, expected(tensors, torch.float32))
+    finally:
+        held.close()
+
+
 @settings(max_examples=60, deadline=None)
 @given(made=files(), way=ways(), asynchronous=st.booleans())
 def test_the_plan_knows_how_large_a_slot_is(
