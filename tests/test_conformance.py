@@ -26,6 +26,8 @@ import archs
 from archs.contract import MODEL_HOOKS
 from fpwap.prepare import open_model
 
+FIRST = [next(name for name, variant in VARIANTS.items() if variant.family == family) for family in CHECKS]
+"""One variant of each family."""
 PADDED: list[Sample] = [
     *prompts([LONGEST] * 3),
     *given(prompts([LONGEST, 5, 13], seed=1), "right"),
@@ -47,12 +49,15 @@ def attentions(name: str) -> tuple[str, ...]:
 
 
 def grid() -> Iterator[Any]:
-    """(variant, dtype, attention): a dtype for each in turn, all others marked ``full``."""
+    """(variant, dtype, attention): a family's first variant with each attention in a dtype, others with one of them,
+    all in turn; the rest is marked ``full``.
+    """
     for turn, name in enumerate(VARIANTS):
         implementations = attentions(name)
         for number, attention in enumerate(implementations):
             for place, dtype in enumerate(DTYPES):
-                marks = [] if place == (turn + number) % len(DTYPES) else [pytest.mark.full]
+                chosen = name in FIRST or number == turn % len(implementations)
+                marks = [] if chosen and place == (turn + number) % len(DTYPES) else [pytest.mark.full]
                 label = f"{name}-{str(dtype).removeprefix('torch.')}-{attention}"
                 yield pytest.param(name, dtype, attention, marks=marks, id=label)
 
@@ -90,10 +95,11 @@ def test_padded_has_the_bits_of_hugging_face(
 
 
 def once() -> Iterator[Any]:
-    """(variant, dtype, attention): each variant once, in turn of both."""
+    """(variant, dtype, attention): each variant once, in turn of both; every second one is marked ``full``."""
     for turn, name in enumerate(VARIANTS):
         choices = attentions(name)
-        yield pytest.param(name, DTYPES[turn % 3], choices[turn // 3 % len(choices)], id=name)
+        marks = [] if name in FIRST or turn % 2 == 0 else [pytest.mark.full]
+        yield pytest.param(name, DTYPES[turn % 3], choices[turn // 3 % len(choices)], marks=marks, id=name)
 
 
 @pytest.mark.parametrize(("name", "dtype", "attention"), list(once()))
@@ -217,10 +223,6 @@ def distance(found: Kept, truth: Kept) -> float:
         return torch.cat([kept[site][sample] for sample in range(len(PACKED))]).double()
 
     return float((rows(found) - rows(truth)).norm() / rows(truth).norm())
-
-
-FIRST = [next(name for name, variant in VARIANTS.items() if variant.family == family) for family in CHECKS]
-"""One variant of each."""
 
 
 def is_routed(name: str) -> bool:

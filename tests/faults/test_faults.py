@@ -36,7 +36,7 @@ def play(program: str, *words: object, work: Path, shim: Path | None = None) -> 
 
 @pytest.mark.parametrize(
     ("variant", "every"),
-    [("disk", 41), *(pytest.param(name, 1, marks=FULL) for name in ("disk", "ram", "visit"))],
+    [("disk", 97), *(pytest.param(name, 1, marks=FULL) for name in ("disk", "ram", "visit"))],
 )
 def test_killed_at_any_call(variant: str, every: int, shim: Path, tmp_path: Path) -> None:
     counted = play("runs.py", "kill", "--variant", variant, "--every", every, work=tmp_path, shim=shim)
@@ -46,7 +46,7 @@ def test_killed_at_any_call(variant: str, every: int, shim: Path, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("variant", "every"),
-    [("ram", 53), *(pytest.param(name, 1, marks=FULL) for name in ("disk", "ram", "visit"))],
+    [("ram", 127), *(pytest.param(name, 1, marks=FULL) for name in ("disk", "ram", "visit"))],
 )
 def test_a_full_disk_a_broken_one_and_short_writes(variant: str, every: int, shim: Path, tmp_path: Path) -> None:
     counted = play("runs.py", "errors", "--variant", variant, "--every", every, work=tmp_path, shim=shim)
@@ -55,7 +55,7 @@ def test_a_full_disk_a_broken_one_and_short_writes(variant: str, every: int, shi
 
 
 @pytest.mark.parametrize(
-    ("variant", "cases"), [("ram", 6), *(pytest.param(name, 500, marks=FULL) for name in ("disk", "ram", "visit"))]
+    ("variant", "cases"), [("ram", 3), *(pytest.param(name, 500, marks=FULL) for name in ("disk", "ram", "visit"))]
 )
 def test_signals_at_any_moment(variant: str, cases: int, tmp_path: Path) -> None:
     assert play("runs.py", "random", "--variant", variant, "--cases", cases, work=tmp_path)["wrong"] == 0
@@ -63,7 +63,7 @@ def test_signals_at_any_moment(variant: str, cases: int, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("variant", "every"),
-    [("disk", 45), *(pytest.param(name, 1, marks=FULL) for name in ("disk", "ram", "visit"))],
+    [("disk", 99), *(pytest.param(name, 1, marks=FULL) for name in ("disk", "ram", "visit"))],
 )
 def test_power_cuts(variant: str, every: int, tmp_path: Path) -> None:
     assert play("power.py", "--variant", variant, "--every", every, work=tmp_path)["wrong"] == 0
