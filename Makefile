@@ -24,7 +24,7 @@ format: $(VENV)/dev
 
 test-gpu: $(VENV)/dev  # the tests that need an accelerator, and the parity suite on it
 	$(PYTEST) -m gpu --device cuda tests/gpu
-	$(PYTEST) --device cuda tests/test_parity.py
+	$(PYTEST) -m 'full or not full' --device cuda tests/test_parity.py
 
 test-full: $(VENV)/dev
 	$(PYTEST) -m 'not gpu and not faults and not trained'

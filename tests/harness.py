@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
+import pytest
 import torch
 from checkpoints import CHECKS, VOCAB, Checks
 from torch import Tensor
@@ -29,6 +30,8 @@ SEQUENTIAL_HOOKS = tuple(layer_hooks(hidden=1, heads=1, kv_heads=1, head_dim=1, 
 HOOKS = (*SEQUENTIAL_HOOKS, *MODEL_HOOKS)
 WRITABLE = tuple(hook for hook in HOOKS if hook not in READ_ONLY_HOOKS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRIED: list[Any] = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.full)]
+"""As parameters of a test: fp16 in the long grid alone; the conformance suite has it in turn."""
 
 Kept = dict[Site, dict[int, Tensor]]
 Request = dict[str, Any]

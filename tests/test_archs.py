@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import CORE, FAULTS, LONGEST, VARIANTS, VOCAB, tensors
+from harness import TRIED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -426,7 +427,7 @@ PERIOD = 61
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8], indirect=True)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TRIED)
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_in_a_tile_of_fixed_height_an_activation_depends_on_its_argument_alone(
     act: str, dtype: torch.dtype, threads: int
@@ -473,7 +474,7 @@ BATCHES: Mapping[str, Callable[[Attention], Batch]] = {
 
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TRIED)
 @pytest.mark.parametrize("name", WITH_TAPS)
 def test_residual_equations_hold_and_looking_changes_nothing(
     name: str, dtype: torch.dtype, attention: Attention, batch: str, checkpoint: Callable[[str], Path]
@@ -632,7 +633,7 @@ def distance(found: Tensor, truth: Tensor) -> float:
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TRIED)
 @pytest.mark.parametrize("name", ["llama_attention_bias", "llama_llama3", "gpt2_n_inner"])
 def test_packed_is_as_near_to_the_truth_as_hugging_face(
     name: str,
