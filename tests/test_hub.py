@@ -143,7 +143,7 @@ def serving(
         server.server_close()
 
 
-@pytest.fixture(params=["llama", "llama_gqa"])
+@pytest.fixture(params=["llama", pytest.param("llama_gqa", marks=pytest.mark.full)])
 def hub(request: pytest.FixtureRequest, checkpoint: Callable[[str], Path]) -> Iterator[tuple[str, Path, list[str]]]:
     """Endpoint, the served folder, and the names of the files that were asked for."""
     folder = checkpoint(request.param)
