@@ -1,5 +1,6 @@
 """Options of the suite: ``--device`` runs it somewhere else than on the CPU. Tiny checkpoints, made once."""
 
+import gc
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -62,6 +63,12 @@ class Conformance:
                 f"conformance: {families} families, {variants} variants, {dtypes} dtypes: {self.equal} runs equal to "
                 f"Hugging Face in every bit, {self.deselected} deselected (make test-full)"
             )
+
+
+def pytest_collection_finish() -> None:
+    """What the modules hold stays: no collection of garbage looks through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -61,10 +61,22 @@ def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     assert os.listdir(temporary) == []
 
 
+@pytest.fixture(scope="module")
+def whole(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What an undisturbed run leaves, in whichever way."""
+    return content(sweep(checkpoint("llama"), tmp_path_factory.mktemp("whole") / "out", **IN_RAM))
+
+
 @pytest.mark.parametrize("where", list(STAGES))
 @pytest.mark.parametrize(("kind", "at"), [(RuntimeError, 0), (OSError, 3), pytest.param(MemoryError, 1, marks=FULL)])
 def test_an_error_in_any_stage_comes_out_as_it_was_raised(
-    where: str, kind: type[Exception], at: int, checkpoint: Checkpoint, tmp_path: Path, eager: None
+    where: str,
+    kind: type[Exception],
+    at: int,
+    checkpoint: Checkpoint,
+    tmp_path: Path,
+    eager: None,
+    whole: dict[str, bytes],
 ) -> None:
     owner, name, request, late = STAGES[where]
     error = kind("injected")
@@ -85,7 +97,7 @@ def test_an_error_in_any_stage_comes_out_as_it_was_raised(
     assert time.monotonic() - began < 5
     assert caught.value is error or caught.value.__cause__ is error
     assert any(frame.name == "failing" for frame in caught.traceback) or caught.value.__cause__ is error
-    assert content(sweep(folder, tmp_path / "out", **request)) == content(sweep(folder, tmp_path / "whole", **request))
+    assert content(sweep(folder, tmp_path / "out", **request)) == whole
     with pytest.MonkeyPatch.context() as patch:
         calls = iter(range(10**6))
         patch.setattr(owner, name, failing)
@@ -97,7 +109,12 @@ def test_an_error_in_any_stage_comes_out_as_it_was_raised(
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("slow", ["a sync", "a read", "a callback"])
 def test_a_signal_ends_it_within_five_seconds(
-    slow: str, signum: signal.Signals, checkpoint: Checkpoint, tmp_path: Path, eager: None
+    slow: str,
+    signum: signal.Signals,
+    checkpoint: Checkpoint,
+    tmp_path: Path,
+    eager: None,
+    whole: dict[str, bytes],
 ) -> None:
     """Whatever is waited for; here for as long as the run lasts, and two seconds more."""
     folder, out, release = checkpoint("llama"), tmp_path / "out", threading.Event()
@@ -118,11 +135,13 @@ def test_a_signal_ends_it_within_five_seconds(
             sweep(folder, out, **STREAMED)
     assert time.monotonic() - began < 5
     assert caught.value.signum == signum
-    assert content(sweep(folder, out, **STREAMED)) == content(sweep(folder, tmp_path / "whole", **STREAMED))
+    assert content(sweep(folder, out, **STREAMED)) == whole
 
 
 @pytest.mark.parametrize("how", ["truncated", "replaced"])
-def test_a_shard_that_changes_amid_the_run(how: str, checkpoint: Checkpoint, tmp_path: Path, eager: None) -> None:
+def test_a_shard_that_changes_amid_the_run(
+    how: str, checkpoint: Checkpoint, tmp_path: Path, eager: None, whole: dict[str, bytes]
+) -> None:
     """It is named, the run goes on when it is back, and not with another one."""
     folder = tmp_path / "model"
     folder.mkdir()
@@ -148,7 +167,6 @@ def test_a_shard_that_changes_amid_the_run(how: str, checkpoint: Checkpoint, tmp
     with pytest.raises(FpwapError, match=r"model\.shards|truncated|safetensors"):
         sweep(folder, out, loading="stream", residual="disk", layers_per_visit=1)
     shard.write_bytes(kept)
-    whole = content(sweep(folder, tmp_path / "whole"))
     assert content(sweep(folder, out, loading="stream", residual="disk", layers_per_visit=1)) == whole
 
 

@@ -11,8 +11,6 @@ import os
 import re
 import shutil
 import struct
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,6 +22,7 @@ from threading import Event, Thread
 import pytest
 import torch
 from checkpoints import Variant, write
+from processes import python
 from torch import Tensor
 
 from fpwap import Result, Sweep
@@ -154,11 +153,9 @@ def hub(request: pytest.FixtureRequest, checkpoint: Callable[[str], Path]) -> It
 def run(endpoint: str, home: Path, *arguments: str, code: str = RUN, **env: str) -> str:
     names = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], env={**clean, **names, **env}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    status, out, err = python(code, *arguments, env={**clean, **names, **env})
+    assert status == 0, err
+    return out.strip()
 
 
 def test_a_hub_model_is_fetched_run_and_kept(hub: tuple[str, Path, list[str]], tmp_path: Path) -> None:

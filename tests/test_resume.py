@@ -326,16 +326,25 @@ def test_resume_never_and_require(
     assert len(done) == 16
 
 
-def test_another_environment_is_refused_unless_it_is_allowed_by_name(
+@pytest.fixture
+def moved(
     checkpoint: Checkpoint,
     tmp_path: Path,
     eager: None,
     cut: Callable[[int | None], list[int]],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+) -> tuple[Path, Path]:
+    """A checkpoint, and a run of it that was interrupted on another processor than it will go on with."""
     folder, out = checkpoint("llama"), tmp_path / "out"
     interrupted(folder, out, cut, 5)
     monkeypatch.setattr("platform.machine", lambda: "abacus")
+    return folder, out
+
+
+def test_another_environment_is_refused_unless_it_is_allowed_by_name(
+    moved: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = moved
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "BEADS")
     with pytest.raises(StoreError) as caught:
         sweep(folder, out)
@@ -351,16 +360,8 @@ def test_another_environment_is_refused_unless_it_is_allowed_by_name(
         sweep(folder, out, allow=["model"])
 
 
-def test_a_run_that_is_begun_again_is_of_the_environment_that_it_is_run_in(
-    checkpoint: Checkpoint,
-    tmp_path: Path,
-    eager: None,
-    cut: Callable[[int | None], list[int]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    folder, out = checkpoint("llama"), tmp_path / "out"
-    interrupted(folder, out, cut, 5)
-    monkeypatch.setattr("platform.machine", lambda: "abacus")
+def test_a_run_that_is_begun_again_is_of_the_environment_that_it_is_run_in(moved: tuple[Path, Path]) -> None:
+    folder, out = moved
     result = sweep(folder, out, resume="never", allow=["processor"])
     assert json.loads((out / "run.json").read_text())["identity"]["environment"]["processor"] == "abacus"
     assert result.manifest["environment"]["processor"] == "abacus"
