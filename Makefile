@@ -9,8 +9,8 @@ PYTEST := $(BIN)/python -m pytest -q
 demo: $(VENV)/demo
 	$(BIN)/fpwap demo
 
-test: $(VENV)/dev  # a file of tests at a time on each of two workers
-	$(PYTEST) -n 2 --dist loadfile
+test: $(VENV)/dev  # a file of tests at a time on each of three workers, two of which compute while one waits for a disk
+	$(PYTEST) -n 3 --dist loadfile
 
 check: $(VENV)/dev
 	$(BIN)/ruff format --check .
