@@ -425,11 +425,12 @@ class Pace:
             clock.group(reads, works, visits)
         committing = costs.outputs / rates.disk_write + costs.commits * rates.commit_s
         beside = waves * (clock.now - clock.waited)  # files are synced and named while the next layer is computed
+        shared = max(0.0, weights + 2 * last * storing - clock.now)  # one disk gives what is streamed, and the rest
         copied = 2 * last * copying + (weights * rates.disk_read / rates.to_device if costs.on_device else 0.0)
         return Times(
             phases={
                 "start": START_S,
-                "load": waves * (clock.waited + apart),
+                "load": waves * (clock.waited + apart + shared),
                 "forward": waves * forward,
                 "residual": waves * residual,
                 "write": costs.outputs / rates.cached,

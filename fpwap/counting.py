@@ -24,7 +24,7 @@ from .errors import CallbackError, RequestError
 from .parcels import Layout, Parcel, Slot
 from .plan import KEPT_ROWS, SPARSE_HEIGHT, Shapes
 from .prompts import TokenTable
-from .recipes import kinds, recipe, slices, slot_size, vocabulary, without_experts
+from .recipes import kind, kinds, recipe, slices, slot_size, vocabulary, without_experts
 from .schedule import Stage
 from .sites import Targets, stage_of, where
 from .store import Record
@@ -272,22 +272,12 @@ def _stages(layout: Layout, stages: Sequence[Stage], work: _Work, put: _Put) -> 
     found = {}
     for stage in stages:
         hooks = work.context.family.hooks(work.context.config, stage.layer) if stage.layer is not None else {}
-        key = stage.kind, _signature(layout[stage], work.context.dtype, work.context.device), tuple(hooks.items())
+        key = stage.kind, kind(layout[stage], work.context.dtype, work.way), tuple(hooks.items())
         if key not in known:
             known[key] = _stage(layout[stage], stage, work)
         held = {name: getattr(put, name).get(stage, 0) for name in ("states", "pooled", "files")}
         found[stage] = replace(known[key], **held)
     return found
-
-
-def _signature(parcel: Parcel, dtype: torch.dtype, device: torch.device) -> frozenset[Any]:
-    """Equal for parcels that take as much memory: kinds and shapes of what is stored, whether it serves as it lies, and
-    how many of each.
-    """
-    found = (
-        (slot.maps(dtype, device), p.values.dtype, p.values.shape, p.rows) for slot in parcel.slots for p in slot.pieces
-    )
-    return frozenset(Counter(found).items())
 
 
 def _stage(parcel: Parcel, stage: Stage, work: _Work) -> StageCost:

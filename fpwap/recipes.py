@@ -9,6 +9,7 @@ Nothing is read here, no memory is taken, and no thread is known.
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -34,7 +35,7 @@ through a staging buffer, because slots are not in RAM."""
 Make = Callable[[Sequence[Tensor], Tensor], None]
 """``make(stored bytes of each span, out)``: uint8, ``out`` aligned for its dtype."""
 
-STAGE = 1 << 25
+STAGE = 1 << 24
 """Bytes of a staging buffer, unless a single strip needs more."""
 STAGINGS, CPU_STAGINGS = 4, 2
 """Staging buffers of an accelerator's reader: two are read into while others are on their way. In RAM two will do."""
@@ -150,15 +151,22 @@ def slot_size(parcel: Parcel, dtype: torch.dtype, way: Way, rows: int | None = N
     return size
 
 
+def kind(parcel: Parcel, dtype: torch.dtype, way: Way) -> frozenset[Any]:
+    """Equal for parcels that take as much memory, staging buffers included: which slots serve as they lie, what is
+    stored of each and what is taken of that, and how many are so.
+    """
+    found = (
+        (_serves(slot, dtype, way), *((p.values.dtype, p.values.shape, p.shape, p.rows) for p in slot.pieces))
+        for slot in parcel.slots
+    )
+    return frozenset(Counter(found).items())
+
+
 def kinds(parcels: Iterable[Parcel], dtype: torch.dtype, way: Way) -> list[Parcel]:
-    """One of each kind: others take no more memory, staging buffers included. There may be thousands of experts."""
-    found: dict[tuple[Any, ...], Parcel] = {}
+    """One of each kind. There may be thousands of experts."""
+    found: dict[frozenset[Any], Parcel] = {}
     for parcel in parcels:
-        kind = tuple(
-            (_serves(slot, dtype, way), *((p.values.dtype, p.values.shape, p.shape, p.rows) for p in slot.pieces))
-            for slot in parcel.slots
-        )
-        found.setdefault(kind, parcel)
+        found.setdefault(kind(parcel, dtype, way), parcel)
     return list(found.values())
 
 

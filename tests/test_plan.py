@@ -196,6 +196,20 @@ def test_a_plan_says_everything_once(costs: Costs, most: Budgets, wanted: Wanted
     assert all(str(word) in plan.summary() for word in (*plan.blockers, *plan.warnings))
 
 
+@pytest.mark.parametrize("size", [1, 4])
+def test_what_is_read_piece_by_piece_takes_the_disk_from_what_is_read_ahead(size: int) -> None:
+    """No time is below that in which the disk gives all bytes."""
+    layers = {Stage("layer", layer): stage_cost(20 * GB, 10 * GB, matrix=1e6) for layer in range(4)}
+    request = costs({Stage("embed"): stage_cost(KB, matrix=0), **layers}, [1000] * 4)
+    streamed = Schedule(
+        group_stages(range(4), norm=False, head=False, size=size), (range(4),), (range(4),), frozenset(layers)
+    )
+    pace = Pace(request, rates.conservative(CPU), "float32", hot=0.0)
+    times = pace.times(Way(loading="stream", tier="ram", ring=10, schedule=streamed))
+    assert times.totals["disk"] == pytest.approx(80 * GB / rates.conservative(CPU).disk_read, rel=1e-3)
+    assert times.totals["disk"] <= times.total <= 1.1 * times.totals["disk"]
+
+
 @settings(max_examples=100, deadline=None)
 @given(requests(), budgets, st.sampled_from(["memory", "device", "disk"]), st.integers(1, 10**8), wishes, shares)
 def test_more_budget_never_makes_it_slower(
