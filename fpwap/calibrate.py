@@ -136,7 +136,7 @@ def _attention(plan: Plan, shapes: Shapes, device: Device, passes: float) -> tup
 
 def _draw(plan: Plan, *shape: int) -> Tensor:
     """Numbers that are neither zero nor denormal."""
-    return torch.empty(*shape, dtype=torch.float32).uniform_(0.5, 1.5).to(plan.dtype).to(plan.device)
+    return torch.empty(*shape, dtype=plan.dtype).uniform_(0.5, 1.5).to(plan.device)
 
 
 def _cached() -> float:

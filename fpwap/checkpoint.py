@@ -357,7 +357,7 @@ def _second_opinion(head: bytes, size: int) -> None:
             os.truncate(file, size)
         except OSError:
             return  # so is one that has files of this size only on disk
-        with safe_open(f"/proc/self/fd/{file}", framework="pt"):
+        with safe_open(f"/proc/self/fd/{file}", framework="np"):  # for torch it maps what memory must have room for
             pass
     except (OSError, SafetensorError) as error:
         raise ValueError(str(error)) from error

@@ -39,8 +39,9 @@ class Mount:
     root: PurePosixPath
 
 
-USAGE = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes"), 2: ("memory.max", "memory.current")}
-"""The files with a group's limit and what it uses, by version."""
+LIMITS = {1: ("memory.limit_in_bytes",), 2: ("memory.max", "memory.high")}
+"""The files with a group's limits, by version: above the lower one of the second, everything is slowed down."""
+USAGE = {1: "memory.usage_in_bytes", 2: "memory.current"}
 RECLAIMABLE = {1: ("total_inactive_file", "total_active_file"), 2: ("inactive_file", "active_file")}
 """What of ``memory.stat`` is page cache: the kernel takes it back before it refuses memory."""
 UNLIMITED = 2**60
@@ -118,14 +119,13 @@ def _unescaped(word: str) -> str:
 
 def _room(folder: Path, version: int) -> int | None:
     """Bytes left in one group; None if it has no limit, or none that can be read."""
-    limit, used = USAGE[version]
-    try:
-        most, now = (folder / limit).read_text().strip(), (folder / used).read_text().strip()
-        if not most.isdigit() or not now.isdigit() or int(most) >= UNLIMITED:
-            return None
-        return min(int(most), max(0, int(most) - int(now) + _page_cache(folder, version)))
-    except (OSError, UnicodeDecodeError):
-        return None
+    found = []
+    for name in LIMITS[version]:
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            most, now = (folder / name).read_text().strip(), (folder / USAGE[version]).read_text().strip()
+            if most.isdigit() and now.isdigit() and int(most) < UNLIMITED:
+                found.append(min(int(most), max(0, int(most) - int(now) + _page_cache(folder, version))))
+    return min(found, default=None)
 
 
 def _page_cache(folder: Path, version: int) -> int:
@@ -258,6 +258,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if asked.type not in ("cpu", found.type if found else "cpu"):
         here = f"this machine has cpu and {found.type}" if found else "this machine has only the cpu"
         raise RuntimeError(here)
+    if asked.type != "cpu" and (asked.index or 0) >= (count := torch.accelerator.device_count()):
+        raise RuntimeError(f"this machine has {count} of {asked.type}, counted from 0")
     return asked
 
 

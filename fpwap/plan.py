@@ -364,10 +364,7 @@ def make_plan(
         wanted = replace(wanted, tier=before.tier, size=None)
     search = Search(costs, budgets, wanted, known.hot)
     pace = Pace(costs, rates, _name(known.dtype), known.hot)
-    ways = list(search.ways())
-    if before is not None:
-        as_before = [one for one in ways if (one[0].tier, one[0].schedule) == (before.tier, before.schedule)]
-        ways = as_before or [(before, needs(costs, before))]
+    ways = list(search.ways() if before is None else search.like(before))
     tried = [(way, need, search.lacks(way, need)) for way, need in ways]
     fitting = [(way, need, pace.times(way)) for way, need, lack in tried if not any(lack)]
     blockers: tuple[str, ...] = ()

@@ -304,8 +304,11 @@ def fetch(prepared: Prepared) -> Prepared:
     return replace(prepared, model=replace(model, files=files), checkpoint=seen.again(files.folder))
 
 
-def learn(plan: Plan, profile: Profile) -> None:
-    """Corrects the machine's rates by what a run has seen, for the next plan; not where others were at work too."""
+def learn(plan: Plan, profile: Profile, *, whole: bool) -> None:
+    """Corrects the machine's rates by what a run has seen, for the next plan; not where others were at work too.
+
+    whole: whether the last stage was computed to its end, which is what the plan counts.
+    """
     if machine.crowded():
         return
     taken = profile.by_phase()
@@ -314,7 +317,7 @@ def learn(plan: Plan, profile: Profile) -> None:
     apart = bool(plan.schedule.streamed)  # the maths waits for each expert and each slice of the head
     products = sum(products_s(cost.maths, plan.rates, dtype) for cost in plan.costs.stages.values())
     samples = rates.Samples(
-        forward_s=0.0 if apart else (profile.on_device() or taken)["forward"],
+        forward_s=0.0 if apart or not whole else (profile.on_device() or taken)["forward"],
         predicted_products_s=products,
         predicted_beside_s=plan.phases["forward"] - products,
         read=profile.bytes_moved().get("weights", 0) if cold else 0,

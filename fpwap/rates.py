@@ -78,7 +78,8 @@ class Rates:
         """These, drawn towards what a run has seen; what was too short, or is not to be believed, is left out."""
         found: dict[str, float] = {}
         products_s = samples.forward_s - samples.predicted_beside_s
-        if samples.forward_s >= ENOUGH_S and products_s >= MOSTLY * samples.forward_s:
+        believed = samples.predicted_products_s > 0 and products_s >= MOSTLY * samples.forward_s
+        if samples.forward_s >= ENOUGH_S and believed:
             factor = self._drawn(f"matrix.{dtype}", samples.predicted_products_s / products_s)
             for name in ("matrix", "attention"):
                 found[name] = factor * getattr(self, name)[dtype]
@@ -128,6 +129,10 @@ def conservative(device: torch.device) -> Rates:
     )
 
 
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError)
+"""What reading one that is no file of rates may raise; RuntimeError if it is nested too deep."""
+
+
 # --- the file -------------------------------------------------------------------------------------------------------
 
 
@@ -154,7 +159,7 @@ def load(device: torch.device) -> Rates:
         found = {name: _checked(getattr(plain, name), record[name]) for name in asdict(plain) if name != "since"}
         since = {str(name): str(words) for name, words in record["since"].items()}
         return replace(plain, **found, since=since)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
+    except UNREADABLE:
         return plain
 
 
@@ -164,14 +169,19 @@ def save(rates: Rates, device: torch.device) -> None:
         path = cache_file()
         try:
             machines = _read(path)["machines"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except UNREADABLE:
             machines = {}
         record = {"format": FORMAT, "format_version": FORMAT_VERSION, "machines": machines}
         record["machines"] = {**machines, machine_key(device): asdict(rates)}
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".rates.", delete=False) as file:
-            json.dump(record, file, indent=1)
-        os.replace(file.name, path)
+            try:
+                json.dump(record, file, indent=1)
+                file.close()
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ What the bytes mean is not known here, nor who waits for them.
 import contextlib
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,9 +88,11 @@ class Shards:
         self.folder = folder
         self.closing = threading.Event()
         self._open: dict[str, int] = {}
+        self._found: dict[str, os.stat_result] = {}
         try:
             for name in names:
                 self._open[name] = os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC)
+                self._found[name] = os.fstat(self._open[name])
         except OSError as error:
             self.close()
             raise ModelError(f"{folder / name} cannot be opened: {error.strerror}") from error
@@ -99,30 +101,43 @@ class Shards:
         return self._open[shard]
 
     def check(self, entries: Iterable[Entry]) -> None:
-        """Raises `ModelError` if a shard lacks some of these tensors by now, is out of reach, or was replaced."""
-        sizes: dict[str, int] = {}
+        """Raises `ModelError` if a shard lacks some of these tensors by now, is out of reach, or is not what it was."""
+        found: dict[str, os.stat_result] = {}
         for entry in entries:
-            if entry.shard not in sizes:
-                sizes[entry.shard] = self._size(entry.shard)
-            if sizes[entry.shard] < entry.start + entry.size:
+            if entry.shard not in found:
+                found[entry.shard] = self._held(entry.shard)
+            if found[entry.shard].st_size < entry.start + entry.size:
                 path = self.folder / entry.shard
                 raise ModelError(f"{path} was truncated while it was read: {entry.name} is cut off; download it again")
+        self._unwritten(found)
 
-    def _size(self, shard: str) -> int:
+    def check_all(self) -> None:
+        """The same of whole shards."""
+        self._unwritten({shard: self._held(shard) for shard in self._open})
+
+    def _unwritten(self, found: Mapping[str, os.stat_result]) -> None:
+        for shard, held in found.items():
+            path, before = self.folder / shard, self._found[shard]
+            if held.st_size < before.st_size:
+                raise ModelError(f"{path} was truncated while it was read: download it again")
+            if held.st_mtime_ns != before.st_mtime_ns:
+                raise ModelError(f"{path} was written to while it was read: run again with what is in it now")
+
+    def _held(self, shard: str) -> os.stat_result:
         path = self.folder / shard
         try:
             held = os.fstat(self._open[shard])
             try:
                 named = os.stat(path)
             except FileNotFoundError:  # what is open stays whole
-                return held.st_size
+                return held
         except OSError as error:
             raise ModelError(
                 f"{path} can no longer be looked at: {error.strerror or error}; run again when it is back"
             ) from error
         if (named.st_dev, named.st_ino) != (held.st_dev, held.st_ino):
             raise ModelError(f"{path} was replaced while it was read: run again with the file that is there now")
-        return held.st_size
+        return held
 
     def close(self) -> None:
         """Closes the files: nobody is to read any more. One who does stops when `closing` is set, and is waited for."""

@@ -231,7 +231,7 @@ class HFLayers:
             return {name: self._tensors[stored] for name, stored in wanted.items()}
         read: dict[str, Tensor] = {}
         for place in {self._places[stored] for stored in wanted.values()}:
-            with safe_open(place, framework="pt") as file:
+            with _opened(place) as file:
                 read |= {name: file.get_tensor(at) for name, at in wanted.items() if self._places[at] == place}
         return read
 
@@ -264,11 +264,25 @@ def _places(folder: Path) -> dict[str, Path]:
     """Stored name -> file."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if single.exists():
-        with safe_open(single, framework="pt") as file:
+        with _opened(single) as file:
             return dict.fromkeys(file.keys(), single)
     if not index.exists():
         raise ModelError(f"{folder} holds neither {single.name} nor {index.name}")
     return {name: folder / place for name, place in json.loads(index.read_text())["weight_map"].items()}
+
+
+@contextmanager
+def _opened(place: Path) -> Iterator[Any]:
+    """As transformers opens it: on private maps, whose bits are those of the file's own alignment."""
+    try:
+        file = safe_open(place, framework="pt")
+    except RuntimeError as error:
+        raise ModelError(
+            f"{place} cannot be mapped as transformers maps it, with which it is compared: {error}; save it in shards "
+            "that are smaller than memory"
+        ) from error
+    with file as opened:
+        yield opened
 
 
 class _Reached(Exception):

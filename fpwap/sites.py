@@ -43,6 +43,12 @@ class Targets:
     last: Site
     warnings: tuple[str, ...]
 
+    @property
+    def whole(self) -> bool:
+        """Whether the last stage is computed to its end."""
+        layer, hook = self.last
+        return layer is None or hook == "residual_post"
+
     def by_callback(self, callbacks: Sequence[Callback]) -> dict[int, tuple[Site, ...]]:
         """id(callback) -> its sites."""
         return {id(callback): own for callback, own in zip(callbacks, self.bound, strict=True)}

@@ -414,6 +414,7 @@ class Sweep:
                     start=start,
                 )
             )
+            weights.check_files()
             with recorder.span("commit"):
                 store.settle()
             with recorder.span("finish"):
@@ -432,7 +433,7 @@ class Sweep:
             store.put_json(PROFILE, profile.to_json())
             store.finish(identity.manifest(held.identity, plan, own) | watcher.certificate(), ready.prompts.ids)
             if start == START:
-                learn(plan, profile)
+                learn(plan, profile, whole=ready.targets.whole)
 
 
 def _advised(error: StoreError, held: Journal) -> str:

@@ -16,6 +16,9 @@ from .schedule import Loading, Schedule, Stage, cut, group_stages
 HOT = 0.9
 """Share of a checkpoint that the page cache must hold for its pages to serve as they lie."""
 
+ROOMY = 0.9
+"""Share of what memory is left that chunks take: an unfinished run keeps its chunks, and may find less free."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Budgets:
@@ -98,6 +101,13 @@ class Search:
                     for tier in self._tiers(groups):
                         yield from self._in_waves(loading, groups, streamed, ring, tier)
 
+    def like(self, before: Way) -> Iterator[tuple[Way, Needs]]:
+        """In the order of work of an unfinished run."""
+        for loading in self._loadings:
+            for ring in self._rings(before.schedule.groups, loading):
+                way = self._pooled(replace(before, loading=loading, ring=ring, pooled=0))
+                yield way, needs(self._costs, way)
+
     def _groupings(self) -> Iterator[tuple[tuple[tuple[Stage, ...], ...], frozenset[Stage]]]:
         """Which stages stand together, and which are streamed."""
         stages = self._costs.stages
@@ -160,13 +170,13 @@ class Search:
         return self._waves[count]
 
     def _chunked(self, way: Way) -> Way:
-        """With chunks as large as the memory allows that the rest leaves."""
+        """With chunks as large as the memory allows that the rest leaves, less some: see `ROOMY`."""
         costs, schedule = self._costs, way.schedule
         if not schedule.streamed:
             return way
         left = needs(costs, way, tensors=False).totals
         room = self._budgets.device - left[1] if costs.on_device else self._budgets.memory - left[0]
-        room -= costs.tables
+        room = int(ROOMY * (room - costs.tables))
         row = costs.routed + (LANDING * costs.width if way.tier == "disk" or costs.on_device else 0)
         most = max(0, room) // row if row else 0
         if costs.height:

@@ -34,7 +34,7 @@ from .errors import ModelError
 from .formats import Quantisation
 from .interrupt import Check, at_work, patiently
 from .parcels import Layout, Parcel, Piece, Slot
-from .reading import Closed, Gathered, Reader, Reading, Shards
+from .reading import CHUNK, Closed, Gathered, Reader, Reading, Shards
 from .recipes import (
     CPU_STAGINGS,
     STAGINGS,
@@ -140,6 +140,10 @@ class Weights:
         assert stage == held, f"stages are released in order: {held}, not {stage}"
         slab.used(self._device)
         self._read_ahead()
+
+    def check_files(self) -> None:
+        """After the last stage: maps were read amid the maths. Raises `ModelError` if a shard is another by now."""
+        self._shards.check_all()
 
     def close(self) -> None:
         """Ends the threads, whatever they are at, and closes the files; maps that are still referenced stay valid."""
@@ -298,13 +302,15 @@ class _Loader:
     def load(self, found: Recipe, memory: Tensor, free: Event) -> _Loaded:
         """Fills a slot, once it is ``free``, and makes the weights that lie there. Raises `ModelError`, `Closed`."""
         started, self._waited = time.perf_counter(), 0.0
-        self._shards.check(entry for slot in found.parcel.slots for p in slot.pieces for entry in p.stored)
+        wanted = [entry for slot in found.parcel.slots for p in slot.pieces for entry in p.stored]
+        self._shards.check(wanted)
         self._stream.wait(free)
         straight = self._reader.begin(found.extents, memory)
         try:
             self._batches(found.batches, memory)
         finally:
             straight.wait()
+        self._shards.check(wanted)
         maps = _Maps(found, self._shards)
         places = zip(found.parcel.slots, found.places, strict=True)
         tensors = (maps.tensor(slot) if place is None else place.of(memory) for slot, place in places)
@@ -402,7 +408,10 @@ class _Maps:
                 "loading='stream' reads it without a map"
             ) from error
         raw = np.frombuffer(self._maps[shard], dtype=np.uint8, count=size, offset=begin - first)
-        raw[:: mmap.PAGESIZE].max()  # the pages are read here, not in the maths
+        for start in range(0, size, CHUNK):  # the pages are read here, not in the maths
+            if self._shards.closing.is_set():
+                raise Closed
+            raw[start : start + CHUNK : mmap.PAGESIZE].max()
         flat = torch.frombuffer(self._maps[shard], dtype=dtype, count=size // dtype.itemsize, offset=begin - first)
         return flat.view(slot.shape)
 
@@ -439,8 +448,8 @@ class Decoded(Mapping[str, Tensor]):
     def __init__(self, checkpoint: Checkpoint, quantised: Quantisation, dtype: torch.dtype) -> None:
         self._checkpoint, self._quantised, self._dtype = checkpoint, quantised, dtype
         values, scales = MXFP4
-        companions = [name for name in checkpoint.entries if name.endswith((FP8_SCALES, scales))]
-        self._names = [name.removesuffix(values) for name in checkpoint.entries if name not in companions]
+        companions = (FP8_SCALES, scales)
+        self._names = [name.removesuffix(values) for name in checkpoint.entries if not name.endswith(companions)]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -5,6 +5,7 @@ The run can then be made again, and ends as if nothing had been.
 
 import gc
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -138,7 +139,7 @@ def test_a_signal_ends_it_within_five_seconds(
     assert content(sweep(folder, out, **STREAMED)) == whole
 
 
-@pytest.mark.parametrize("how", ["truncated", "replaced"])
+@pytest.mark.parametrize("how", ["truncated", "replaced", "written to"])
 def test_a_shard_that_changes_amid_the_run(
     how: str, checkpoint: Checkpoint, tmp_path: Path, eager: None, whole: dict[str, bytes]
 ) -> None:
@@ -155,7 +156,7 @@ def test_a_shard_that_changes_amid_the_run(
             if how == "truncated":
                 os.truncate(shard, len(kept) // 2)
             else:
-                other = tmp_path / "other"
+                other = tmp_path / "other" if how == "replaced" else shard
                 other.write_bytes(kept[:-4] + bytes(4))
                 other.rename(shard)
         plain(*given)
@@ -168,6 +169,24 @@ def test_a_shard_that_changes_amid_the_run(
         sweep(folder, out, loading="stream", residual="disk", layers_per_visit=1)
     shard.write_bytes(kept)
     assert content(sweep(folder, out, loading="stream", residual="disk", layers_per_visit=1)) == whole
+
+
+def test_a_shard_that_is_written_to_behind_its_maps(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """All layers in one visit, which are mapped before: nothing is read after that."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("llama"), folder)
+    (shard,) = folder.glob("*.safetensors")
+    plain = engine._forward
+
+    def changed(*given: Any) -> Any:
+        os.utime(shard)
+        return plain(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "_forward", changed)
+        with pytest.raises(ModelError, match=f"{shard.name} was written to"):
+            sweep(folder, tmp_path / "out", loading="resident", layers_per_visit=100)
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_two_runs_in_one_folder(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import gc
 import json
 import mmap
@@ -9,6 +10,7 @@ import os
 import string
 from datetime import date
 from pathlib import Path, PurePosixPath
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -44,7 +46,7 @@ def tree(root: Path, groups: str, mounts: str, files: dict[str, str]) -> list[in
 
 
 def limits(folder: str, most: int | str, used: int, version: int, cached: int = 0) -> dict[str, str]:
-    limit, usage = machine.USAGE[version]
+    limit, usage = machine.LIMITS[version][0], machine.USAGE[version]
     inactive, active = machine.RECLAIMABLE[version]
     stat = f"anon 5\n{inactive} {cached // 2}\n{active} {cached - cached // 2}\n"
     return {f"{folder}/{limit}": f"{most}\n", f"{folder}/{usage}": f"{used}\n", f"{folder}/memory.stat": stat}
@@ -59,6 +61,21 @@ def test_every_group_up_to_the_root_limits(version: int, tmp_path: Path) -> None
     files |= limits(base, 2**63 - 4096 if version == 1 else "max", GB, version)
     files |= limits(f"{base}/somebody", GB, GB, version)
     assert tree(tmp_path, groups, mounts, files) == [3 * GB, 2 * GB]
+
+
+@pytest.mark.parametrize(("hard", "soft"), [("max", 2 * GB), (3 * GB, 2 * GB), (2 * GB, 3 * GB), (2 * GB, "max")])
+def test_the_limit_above_which_a_group_is_slowed_down_counts(hard: int | str, soft: int | str, tmp_path: Path) -> None:
+    folder = "sys/fs/cgroup/user.slice"
+    files = limits(folder, hard, GB, 2) | {f"{folder}/memory.high": f"{soft}\n"}
+    assert tree(tmp_path, V2, V2_MOUNT, files) == [GB]
+
+
+def test_a_device_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
+    assert machine.resolve_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(RuntimeError, match="has 2 of cuda, counted from 0"):
+        machine.resolve_device("cuda:2")
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -236,6 +253,8 @@ def test_other_machines_rates_stay_and_are_not_taken(cache: Path, monkeypatch: p
         lambda text: text.replace('"disk_read": 3000000000.0', '"disk_read": -1'),
         lambda text: text.replace('"disk_read": 3000000000.0', '"disk_read": NaN'),
         lambda text: text.replace('"disk_read": 3000000000.0', '"disk_read": true'),
+        lambda text: text.replace('"disk_read": 3000000000.0', f'"disk_read": {10**400}'),
+        lambda text: "[" * 10**5,
         lambda text: text.replace('"disk_read"', '"other"'),
         lambda text: "[]",
         lambda text: '{"format": "fpwap-rates", "format_version": 1, "machines": []}',
@@ -255,6 +274,14 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch:
     monkeypatch.setenv(rates.CACHE, str(tmp_path / "file"))
     rates.save(rates.conservative(CPU), CPU)
     assert rates.load(CPU) == rates.conservative(CPU)
+
+
+def test_a_full_disk_leaves_the_cache_as_it_was(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates.save(rates.conservative(CPU), CPU)
+    before = cache.read_text()
+    monkeypatch.setattr("json.dump", Mock(side_effect=OSError(errno.ENOSPC, "full")))
+    rates.save(rates.conservative(CPU).measured("float32", date.today(), disk_read=3e9), CPU)
+    assert [(path, path.read_text()) for path in cache.parent.iterdir()] == [(cache, before)]
 
 
 def test_the_cache_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -283,6 +310,7 @@ def test_a_run_corrects_what_it_has_seen_long_enough() -> None:
     again = slower.corrected("float32", today, Samples(forward_s=6, predicted_products_s=24))
     assert again.matrix["float32"] == pytest.approx(before.matrix["float32"]), "a second sample counts in part"
 
+    assert before.corrected("float32", today, Samples(forward_s=6)) is before, "no product was planned"
     beside = Samples(forward_s=6, predicted_products_s=3, predicted_beside_s=4)
     assert before.corrected("float32", today, beside) is before, "little of it was products"
 

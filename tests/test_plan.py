@@ -196,6 +196,21 @@ def test_a_plan_says_everything_once(costs: Costs, most: Budgets, wanted: Wanted
     assert all(str(word) in plan.summary() for word in (*plan.blockers, *plan.warnings))
 
 
+def test_an_unfinished_run_keeps_its_order_and_takes_what_there_is() -> None:
+    """Also an order that nobody would choose, like five layers a visit. Ring, loading and what is pooled may change."""
+    layers = {Stage("layer", layer): stage_cost(MB, pooled=MB) for layer in range(7)}
+    request = costs({Stage("embed"): stage_cost(KB, matrix=0), **layers}, [1000] * 4)
+    schedule = Schedule(group_stages(range(7), norm=False, head=False, size=5), (range(4),))
+    before = Way(loading="stream", tier="disk", ring=8, schedule=schedule, pooled=5 * MB)
+    less = dataclasses.replace(PLENTY, memory=needs(request, before).totals[0] - 2 * MB)
+    words = known(request), request, rates.conservative(CPU)
+    plan = make_plan(*words, less, Wanted(), before)
+    assert plan.feasible
+    assert (plan.schedule, plan.tier) == (schedule, "disk")
+    assert plan.ring < 8 or plan.pooled_bytes < 5 * MB
+    assert make_plan(*words, PLENTY, Wanted(loading="resident"), before).loading == "resident"
+
+
 @pytest.mark.parametrize("size", [1, 4])
 def test_what_is_read_piece_by_piece_takes_the_disk_from_what_is_read_ahead(size: int) -> None:
     """No time is below that in which the disk gives all bytes."""
@@ -535,13 +550,13 @@ def test_device_memory_of_a_cpu_is_refused(checkpoint: Callable[[str], Path]) ->
         Sweep(checkpoint("llama"), DATA, callbacks=[RawActivations()], device="cpu", device_memory="1KB").preflight()
 
 
-def learned(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> list[Rates]:
+def learned(plan: Plan, monkeypatch: pytest.MonkeyPatch, *, whole: bool = True) -> list[Rates]:
     """What a run of this plan that took long teaches."""
     found: list[Rates] = []
     monkeypatch.setattr(rates, "save", lambda rates, device: found.append(rates))
     monkeypatch.setattr(machine, "crowded", lambda: False)
     profile = Mock(on_device=lambda: {"forward": 1e4}, bytes_moved=dict, reading_s=0.0)
-    learn(plan, profile)
+    learn(plan, profile, whole=whole)
     return found
 
 
@@ -552,6 +567,16 @@ def test_waiting_for_experts_teaches_nothing_of_products(
     apart = dataclasses.replace(plan.schedule, streamed=LAYER, chunks=(range(plan.microbatches),))
     assert learned(plan, monkeypatch)
     assert not learned(dataclasses.replace(plan, schedule=apart), monkeypatch)
+
+
+def test_a_layer_that_was_left_early_teaches_nothing_of_products(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for hook, whole in (("attn_out", False), ("residual_post", True), ("logits", True)):
+        sweep = Sweep(checkpoint("llama"), DATA, callbacks=[RawActivations(hook=hook)], device="cpu")
+        plan, targets = sweep.preflight(), sweep._prepared.targets
+        assert targets.whole == whole
+        assert bool(learned(plan, monkeypatch, whole=targets.whole)) == whole
 
 
 # --- hollow checkpoints ---------------------------------------------------------------------------------------------
@@ -697,6 +722,14 @@ def test_a_model_larger_than_all_memory_has_a_plan(tmp_path: Path) -> None:
     stages = plan.costs.stages
     assert plan.memory_bytes < 3 * stages[Stage("layer", 0)].stored
     assert plan.break_even_tokens > 0
+
+
+def test_one_file_may_be_larger_than_the_machine(tmp_path: Path) -> None:
+    """For torch, safetensors maps a whole file so that the system asks whether all of it would fit."""
+    folder = hollow(tmp_path / "huge", *llama(126, 16_384, 53_248, 128_256), shards=1)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert size > machine.available_memory()
+    assert Sweep(folder, DATA, callbacks=[RawActivations([-1])], device="cpu").preflight().feasible
 
 
 def test_memory_of_other_control_groups_is_not_taken(
