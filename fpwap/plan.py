@@ -66,7 +66,8 @@ class Known:
     """What is known of model, dataset and machine before anything is chosen, for a reader.
 
     hot: share of the checkpoint's shards in the page cache. last: the last wanted site. microbatch: what its size is.
-    files: the shards that are read; shapes: of the maths, None if no layer is wanted.
+    files: the shards that are read; shapes: of the maths, None if no layer is wanted. noticed: warnings about what is
+    asked for.
     """
 
     model: str
@@ -90,14 +91,14 @@ class Known:
     hot: float
     files: tuple[Path, ...] = field(default=(), repr=False)
     shapes: Shapes | None = None
-    warnings: tuple[str, ...] = ()
+    noticed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Known):
     """A sweep, decided. ``blockers`` is empty if it can run; each names the number to change.
 
-    pooled_bytes: in which the store may put outputs per prompt together.
+    pooled_bytes: in which the store may put outputs per prompt together. cautions: warnings about what was chosen.
     """
 
     loading: Loading
@@ -112,6 +113,7 @@ class Plan(Known):
     wanted: Wanted
     budgets: Budgets
     blockers: tuple[str, ...] = ()
+    cautions: tuple[str, ...] = ()
 
     @property
     def feasible(self) -> bool:
@@ -121,13 +123,20 @@ class Plan(Known):
         self, *, rates: Rates | None = None, budgets: Budgets | None = None, wanted: Wanted | None = None
     ) -> "Plan":
         """The same request decided anew, on another machine or with other wishes."""
-        known = Known(**{name: getattr(self, name) for name in Known.__dataclass_fields__})
-        return make_plan(known, self.costs, rates or self.rates, budgets or self.budgets, wanted or self.wanted)
+        return make_plan(self.known, self.costs, rates or self.rates, budgets or self.budgets, wanted or self.wanted)
 
     def like(self, before: Way) -> "Plan":
         """The same request in the order of an unfinished run, which goes on: its groups, waves, chunks and tier."""
-        known = Known(**{name: getattr(self, name) for name in Known.__dataclass_fields__})
-        return make_plan(known, self.costs, self.rates, self.budgets, self.wanted, before)
+        return make_plan(self.known, self.costs, self.rates, self.budgets, self.wanted, before)
+
+    @property
+    def known(self) -> Known:
+        """What it was made of."""
+        return Known(**{name: getattr(self, name) for name in Known.__dataclass_fields__})
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return (*self.noticed, *self.cautions)
 
     @property
     def way(self) -> Way:
@@ -382,10 +391,8 @@ def make_plan(
         )
         times = pace.times(way)
         blockers = tuple(_blockers(way, need, lack, budgets, wanted))
-    shown = {name: getattr(known, name) for name in Known.__dataclass_fields__}
-    shown["warnings"] = (*known.warnings, *_warnings(costs, way, need, times, budgets))
     return Plan(
-        **shown,
+        **vars(known),
         loading=way.loading,
         ring=way.ring,
         schedule=way.schedule,
@@ -398,6 +405,7 @@ def make_plan(
         wanted=wanted,
         budgets=budgets,
         blockers=blockers,
+        cautions=tuple(_warnings(costs, way, need, times, budgets)),
     )
 
 

@@ -265,7 +265,7 @@ def prepare(
         hot=machine.hot(files) if on_cpu else 0.0,
         files=files,
         shapes=shapes_of(layout, stages, context),
-        warnings=(*targets.warnings, *_beyond_training(model, prompts), *([FOLLOWED] if request.verify else [])),
+        noticed=(*targets.warnings, *_beyond_training(model, prompts), *([FOLLOWED] if request.verify else [])),
     )
     eager = attention == "eager" or any(hook == "attn_pattern" for own in targets.bound for _, hook in own)
     with machine.uncollected():

@@ -313,6 +313,7 @@ def test_a_stream_that_fits_nowhere_goes_in_waves() -> None:
     assert 1 < waves < 64
     assert plan.weights_bytes == waves * sum(cost.stored for cost in request.stages.values())
     unsaved, warning = plan.warnings
+    assert plan.again().warnings == plan.warnings, "said once"
     assert "cannot be gone on with" in unsaved
     assert f"{waves} waves" in warning
     assert "128 MB of free disk make it one" in warning
