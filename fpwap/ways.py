@@ -146,7 +146,8 @@ class Search:
         ring: int,
         tier: Tier,
     ) -> Iterator[tuple[Way, Needs]]:
-        """In as few waves as fit; where things are streamed, in more of them too, which leaves more for chunks."""
+        """In as few waves as fit; in more too where chunks and the residual stream lie together: it leaves them more."""
+        beside = bool(streamed) and tier == ("device" if self._costs.on_device else "ram")
         counts = [1] if len(groups) == 1 else steps_up_to(len(self._costs.rows))
         smallest = Way(
             loading=loading, tier=tier, ring=ring, schedule=Schedule(groups, self._cut(counts[-1]), (), streamed)
@@ -158,7 +159,7 @@ class Search:
             way = self._pooled(self._chunked(Way(loading=loading, tier=tier, ring=ring, schedule=schedule)))
             need = needs(self._costs, way)
             yield way, need
-            if not streamed and not any(self.lacks(way, need)):
+            if not beside and not any(self.lacks(way, need)):
                 return
 
     def _cut(self, count: int) -> tuple[range, ...]:
