@@ -146,7 +146,7 @@ class Search:
         ring: int,
         tier: Tier,
     ) -> Iterator[tuple[Way, Needs]]:
-        """In as few waves as fit; in more too where chunks and the residual stream lie together: which leaves more."""
+        """In as few waves as fit; in more too where chunks and the residual stream share memory: it leaves more."""
         beside = bool(streamed) and tier == ("device" if self._costs.on_device else "ram")
         counts = [1] if len(groups) == 1 else steps_up_to(len(self._costs.rows))
         smallest = Way(
