@@ -129,11 +129,10 @@ def conservative(device: torch.device) -> Rates:
     )
 
 
+# --- the file -------------------------------------------------------------------------------------------------------
+
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError)
 """What reading one that is no file of rates may raise; RuntimeError if it is nested too deep."""
-
-
-# --- the file -------------------------------------------------------------------------------------------------------
 
 
 def cache_file() -> Path:

@@ -88,11 +88,11 @@ class Shards:
         self.folder = folder
         self.closing = threading.Event()
         self._open: dict[str, int] = {}
-        self._found: dict[str, os.stat_result] = {}
+        self._as_opened: dict[str, os.stat_result] = {}
         try:
             for name in names:
                 self._open[name] = os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC)
-                self._found[name] = os.fstat(self._open[name])
+                self._as_opened[name] = os.fstat(self._open[name])
         except OSError as error:
             self.close()
             raise ModelError(f"{folder / name} cannot be opened: {error.strerror}") from error
@@ -117,7 +117,7 @@ class Shards:
 
     def _unwritten(self, found: Mapping[str, os.stat_result]) -> None:
         for shard, held in found.items():
-            path, before = self.folder / shard, self._found[shard]
+            path, before = self.folder / shard, self._as_opened[shard]
             if held.st_size < before.st_size:
                 raise ModelError(f"{path} was truncated while it was read: download it again")
             if held.st_mtime_ns != before.st_mtime_ns:

@@ -44,8 +44,8 @@ class Targets:
     warnings: tuple[str, ...]
 
     @property
-    def whole(self) -> bool:
-        """Whether the last stage is computed to its end."""
+    def ends_a_stage(self) -> bool:
+        """Whether the last wanted site is the end of its stage, so that nothing of the stage is left out."""
         layer, hook = self.last
         return layer is None or hook == "residual_post"
 

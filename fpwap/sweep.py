@@ -414,8 +414,8 @@ class Sweep:
                     start=start,
                 )
             )
-            weights.check_files()
             with recorder.span("commit"):
+                weights.check_files()
                 store.settle()
             with recorder.span("finish"):
                 peaks = meter.peaks(
@@ -433,7 +433,7 @@ class Sweep:
             store.put_json(PROFILE, profile.to_json())
             store.finish(identity.manifest(held.identity, plan, own) | watcher.certificate(), ready.prompts.ids)
             if start == START:
-                learn(plan, profile, whole=ready.targets.whole)
+                learn(plan, profile, whole=ready.targets.ends_a_stage)
 
 
 def _advised(error: StoreError, held: Journal) -> str:

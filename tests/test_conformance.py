@@ -129,17 +129,17 @@ def test_hooks_have_their_shapes_and_equations(
             assert torch.equal(at["residual_post"], eval(checks.sums, {}, words)), layer
 
 
+@pytest.mark.parametrize("sample", [4, pytest.param(2, marks=pytest.mark.full)])
 @pytest.mark.parametrize(("name", "dtype", "attention"), list(once()))
 def test_packed_gives_a_prompt_the_same_bits_alone(
-    name: str, dtype: torch.dtype, attention: str, checkpoint: Callable[[str], Path]
+    name: str, dtype: torch.dtype, attention: str, sample: int, checkpoint: Callable[[str], Path]
 ) -> None:
     """Also of routed models: experts run in tiles of a fixed height of their own."""
     request = {"dtype": dtype, "attn_implementation": attention}
     hooks = ("residual_post", "logits")
     together = keep(checkpoint(name), PACKED, Keep(hooks), **request)
-    inside = 4  # the second of three that are equally long
-    alone = keep(checkpoint(name), [PACKED[inside]], Keep(hooks), **request)
-    assert not differences(only(together, inside), alone)
+    alone = keep(checkpoint(name), [PACKED[sample]], Keep(hooks), **request)
+    assert not differences(only(together, sample), alone)
 
 
 def understood(hf: dict[str, Any]) -> Any:

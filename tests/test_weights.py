@@ -917,10 +917,13 @@ def clean() -> Iterator[None]:
 
 @pytest.mark.parametrize("loading", ["resident", "stream"])
 @pytest.mark.parametrize("device", [Cpu(), Late(2)], ids=["cpu", "late"])
+@pytest.mark.parametrize("streamed", [frozenset(), IN_TURNS], ids=["whole", "turns"])
 @pytest.mark.parametrize("layer", [0, 1])
-def test_a_truncated_file_is_named(layer: int, device: Device, loading: Loading, folder: Path, clean: None) -> None:
+def test_a_truncated_file_is_named(
+    layer: int, streamed: frozenset[Stage], device: Device, loading: Loading, folder: Path, clean: None
+) -> None:
     """Between two stages, by the tensor that is cut off if the next one has it; what was read before is still good."""
-    held = opened(folder, device, loading=loading, ring=1, streamed=IN_TURNS)
+    held = opened(folder, device, loading=loading, ring=1, streamed=streamed)
     w = held.acquire(STAGES[0])
     assert same(w.places, model()["places"])
     if device.asynchronous and loading == "resident":  # all of it is read at once
